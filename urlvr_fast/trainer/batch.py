@@ -10,11 +10,14 @@ label-free reward cannot see one even by mistake.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from urlvr_fast.trainer.rollout import Completion
 
 
 @dataclass
@@ -94,3 +97,40 @@ class RolloutBatch:
             else:
                 changes[f.name] = value[index]
         return replace(self, **changes)
+
+
+def build_batch(
+    *,
+    prompt_token_ids: list[list[int]],
+    prompt_texts: list[str],
+    prompt_ids: list[int],
+    completions: list[list[Completion]],
+    decode: Callable[[list[list[int]]], list[str]],
+    temperature: float,
+    columns: dict[str, list[Any]] | None = None,
+) -> RolloutBatch:
+    """One batch from an engine's completions: `completions[i]` are those of prompt i, and they make group i.
+
+    decode: token ids of many responses -> their texts, special tokens left out. columns: the prompts' other columns, one value a prompt.
+    Raises ValueError when an engine returned an empty completion, which no sampler can mean.
+    """
+    owner = [i for i, group in enumerate(completions) for _ in group]
+    flat = [c for group in completions for c in group]
+    for i, c in zip(owner, flat, strict=True):
+        if not c.token_ids or len(c.token_ids) != len(c.logp):
+            raise ValueError(f"prompt {prompt_ids[i]}: a completion of {len(c.token_ids)} tokens came with {len(c.logp)} log-probs")
+    sequences = [prompt_token_ids[i] + c.token_ids for i, c in zip(owner, flat, strict=True)]
+    lengths = torch.tensor([0] + [len(s) for s in sequences], dtype=torch.int64)
+    return RolloutBatch(
+        tokens=torch.tensor([t for s in sequences for t in s], dtype=torch.int64),
+        cu_seqlens=lengths.cumsum(0),
+        prompt_lens=torch.tensor([len(prompt_token_ids[i]) for i in owner], dtype=torch.int64),
+        group_ids=torch.tensor(owner, dtype=torch.int64),
+        prompt_ids=[prompt_ids[i] for i in owner],
+        prompts=[prompt_texts[i] for i in owner],
+        completions=decode([c.token_ids for c in flat]),
+        finish_reasons=[c.finish_reason for c in flat],
+        sampled_logp=torch.tensor([p for c in flat for p in c.logp], dtype=torch.float32),
+        temperature=temperature,
+        columns={name: [values[i] for i in owner] for name, values in (columns or {}).items()},
+    )

@@ -1,0 +1,53 @@
+"""Rollouts: one protocol, two engines.
+
+An engine samples completions of token ids and says with what log-probability it drew every token. It holds its own copy of the weights
+(`vllm`) or shares the trainer's (`hf`); `sync` is called after every optimiser step either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class RolloutError(RuntimeError):
+    """The engine cannot be used, or what it returned cannot be trusted. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    n: int  # completions per prompt
+    temperature: float  # 0 is greedy
+    max_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+
+
+@dataclass
+class Completion:
+    token_ids: list[int]  # with the end-of-sequence token, when it was sampled
+    logp: list[float]  # of each token, under the distribution it was drawn from: after temperature, top-p and top-k
+    finish_reason: str  # "stop" or "length"
+
+
+class Rollout(Protocol):
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
+        """`sampling.n` completions of each prompt, in order. The same weights, prompts and seed give the same tokens."""
+
+    def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over the trainer's weights, under their `transformers` names, and forget whatever was cached with the old ones."""
+
+    def close(self) -> None:
+        """Give the memory back. Safe to call twice."""
+
+
+def prompt_seed(seed: int, index: int) -> int:
+    """A seed for one prompt of one call: what a prompt draws does not depend on which others are in flight with it."""
+    # splitmix64's finaliser: neighbouring (seed, index) pairs land far apart.
+    x = (seed * 0x9E3779B97F4A7C15 + index + 1) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (x ^ (x >> 31)) & 0x7FFFFFFF

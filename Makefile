@@ -1,0 +1,31 @@
+# make train   set up, then train the bundled model without labels; make test   set up, then run the tests.
+# ARGS="…" goes to the command that is run: make train ARGS="trainer.steps=50", make test ARGS="-k rewards".
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: help setup train test lint types clean
+
+help:
+	@echo "make setup | train | test | lint | types | clean      (ARGS=… is passed on)"
+
+setup:
+	@sh scripts/setup.sh
+
+train: setup
+	@$(BIN)/urlvr train configs/quickstart.yaml $(ARGS)
+
+test: setup lint types
+	$(BIN)/pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Checked as it installs, kernels/ in its place as urlvr_fast.kernels, not as it lies in the checkout.
+types: setup
+	rm -rf build/lib build/installed
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target build/installed .
+	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p urlvr_fast
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,108 @@
+"""Procedural arithmetic: `23+45=`, `81-37=`, `7*46=`. The completion, up to the end of the sequence, is the answer.
+
+Four kinds of graded difficulty: sums and differences of two-digit numbers (a difference may be negative), products with a one-digit factor,
+products of two two-digit numbers. A prompt belongs to the test split when a SHA-256 of it says so (one in five), so that the split is the same in
+every process, on every machine and for every seed. Sums and products are hashed with their operands in order: `45+23=` is always
+in the split of `23+45=`, otherwise half of the test split would be in the training split with its operands swapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+SPLITS = ("train", "test")
+DEFAULT_LIMIT = 4096
+
+
+class Problem(NamedTuple):
+    left: int
+    operation: str  # "+", "-" or "*"
+    right: int
+
+    @property
+    def prompt(self) -> str:
+        return f"{self.left}{self.operation}{self.right}="
+
+    @property
+    def answer(self) -> int:
+        if self.operation == "+":
+            return self.left + self.right
+        return self.left - self.right if self.operation == "-" else self.left * self.right
+
+    @property
+    def split(self) -> str:
+        left, right = (self.left, self.right) if self.operation == "-" else sorted((self.left, self.right))
+        digest = hashlib.sha256(f"{left}{self.operation}{right}=".encode()).digest()
+        return "test" if int.from_bytes(digest[:8], "big") % 5 == 0 else "train"
+
+
+class Kind(NamedTuple):
+    share: float  # of the prompts in a draw
+    operation: str
+    operands: list[tuple[int, int]]
+
+
+ONE_DIGIT, TWO_DIGITS, ANY = range(2, 10), range(10, 100), range(2, 100)
+KINDS = (
+    Kind(0.35, "+", [(a, b) for a in TWO_DIGITS for b in TWO_DIGITS]),
+    Kind(0.30, "-", [(a, b) for a in TWO_DIGITS for b in TWO_DIGITS]),
+    Kind(0.25, "*", [(a, b) for a in ANY for b in ANY if a in ONE_DIGIT or b in ONE_DIGIT]),
+    Kind(0.10, "*", [(a, b) for a in TWO_DIGITS for b in TWO_DIGITS]),
+)
+
+
+@lru_cache(maxsize=len(SPLITS))
+def pools(split: str) -> tuple[tuple[Problem, ...], ...]:
+    """All the problems of a split, one pool per entry of `KINDS`, in a fixed order."""
+    if split not in SPLITS:
+        raise ValueError(f"arithmetic has no split {split!r}; it has {' and '.join(SPLITS)}")
+    problems = ([Problem(a, kind.operation, b) for a, b in kind.operands] for kind in KINDS)
+    return tuple(tuple(p for p in pool if p.split == split) for pool in problems)
+
+
+def stream(split: str, seed: int) -> Iterator[Problem]:
+    """An endless draw in the shares of `KINDS`. No problem comes twice before all of the split have come."""
+    rng = random.Random(seed)
+    while True:
+        remaining = [list(pool) for pool in pools(split)]
+        for pool in remaining:
+            rng.shuffle(pool)
+        while any(remaining):
+            # An exhausted kind weighs nothing, so the others go on in their own proportions.
+            shares = [kind.share if pool else 0.0 for kind, pool in zip(KINDS, remaining, strict=True)]
+            (pool,) = rng.choices(remaining, shares)
+            yield pool.pop()
+
+
+def draw(split: str = "train", *, limit: int | None = None, seed: int = 0) -> list[Problem]:
+    """The first `limit` (unset: 4096) problems of the seed's order; a smaller limit gives a prefix. ValueError for an unknown split."""
+    problems = stream(split, seed)
+    return [next(problems) for _ in range(DEFAULT_LIMIT if limit is None else limit)]
+
+
+class IntegerAnswers:
+    """An `AnswerChecker`: the whole completion, surrounding white space aside, must be one integer in ASCII digits, or it has no answer.
+
+    An answer is in canonical form: no leading zeros, no plus sign, and minus zero is zero. `007`, `+7` and `7` are one answer.
+    """
+
+    INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
+
+    def extract(self, completion: str) -> str | None:
+        match = self.INTEGER.fullmatch(completion.strip())
+        if match is None:
+            return None
+        sign, digits = match.groups()
+        return f"-{digits}" if sign == "-" and digits != "0" else digits
+
+    def equivalent(self, a: str, b: str) -> bool:
+        return a == b
+
+
+def checker() -> IntegerAnswers:
+    return IntegerAnswers()

