@@ -1,9 +1,9 @@
 """Procedural arithmetic: `23+45=`, `81-37=`, `7*46=`. The completion, up to the end of the sequence, is the answer.
 
 Four kinds of graded difficulty: sums and differences of two-digit numbers (a difference may be negative), products with a one-digit factor,
-products of two two-digit numbers. A prompt belongs to the test split when a SHA-256 of it says so (one in five), so that the split is the same in
-every process, on every machine and for every seed. Sums and products are hashed with their operands in order: `45+23=` is always
-in the split of `23+45=`, otherwise half of the test split would be in the training split with its operands swapped.
+products of two two-digit numbers. A SHA-256 of the prompt decides whether it belongs to the test split (one in five), so the split is
+the same in every process, on every machine and for every seed. Sums and products are hashed with their operands in order: `45+23=` is
+always in the split of `23+45=`; otherwise most of the test split would be in the training split with its operands swapped.
 """
 
 from __future__ import annotations

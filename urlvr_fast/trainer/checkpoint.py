@@ -1,8 +1,8 @@
 """Checkpoints: a directory that `from_pretrained` and vLLM load, plus what training needs to go on.
 
-Everything is safetensors and JSON. A checkpoint is written to a temporary directory, flushed to the disk and renamed, so that a directory
-called `step-000150` is complete whatever happened while it was written. Sampling seeds and the order of prompts follow from the run's seed and
-the step number, so the step number is all the state there is besides weights and optimiser.
+Everything is safetensors and JSON. A checkpoint is written to a temporary directory, flushed to the disk and renamed, so that a
+directory called `step-000150` is complete whatever happened while it was written. Sampling seeds and the order of prompts follow
+from the run's seed and the step number, so the step number is all the state there is besides weights and optimiser.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def save_checkpoint(run_dir: Path, step: int, model: Any, tokenizer: Any, optimi
             raise
         newest = next(reversed(checkpoints(run_dir)), None)
         kept = f"the newest complete checkpoint is {newest}" if newest else "there is no complete checkpoint"
-        raise CheckpointError(f"no space left for the checkpoint of step {step} in {parent}; {kept}. Free some space and use --resume") from error
+        raise CheckpointError(
+            f"no space left for the checkpoint of step {step} in {parent}; {kept}. Free some space and use --resume"
+        ) from error
     for old in checkpoints(run_dir)[:-keep] if keep else []:
         shutil.rmtree(old)
     return target

@@ -6,16 +6,23 @@ Answers are used here and nowhere in training. Without answers only the Majority
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-import torch
+from pathlib import Path
 
 from urlvr_fast.monitor.alignment import avg_at_k, maj_at_k, pass_at_k
 from urlvr_fast.rewards.ensemble import vote
 from urlvr_fast.rewards.external import correct
 from urlvr_fast.tasks.prompt_set import PromptSet
+from urlvr_fast.trainer import config as configuration
 from urlvr_fast.trainer.batch import RolloutBatch, build_batch
+from urlvr_fast.trainer.checkpoint import checkpoints
+from urlvr_fast.trainer.config import ConfigError
+from urlvr_fast.trainer.data import load_encoded
+from urlvr_fast.trainer.model import build_rollout, check_engine, load_model, resolve_model
 from urlvr_fast.trainer.prompts import EncodedPrompts
-from urlvr_fast.trainer.rollout import Rollout, Sampling
+from urlvr_fast.trainer.rollout import Rollout, Sampling, mixed_seed
+from urlvr_fast.trainer.run_dir import CONFIG_FILE
+
+EVAL_SEED = 1 << 20  # far from the seeds of training steps
 
 
 def sample_batch(
@@ -64,7 +71,7 @@ def evaluate(
     for repeat in range(samplings):
         batch = sample_batch(rollout, prompt_set, encoded, positions, sampling, seed + repeat, decode)
         votes = vote(batch, prompt_set.checker)
-        values.setdefault("majority_voting_reward", []).append(votes.majority_ratio.mean().item())
+        values.setdefault("majority_voting_reward", []).append(votes.in_winner.double().mean().item())
         if prompt_set.answers:
             for name, value in _accuracy_at_k(batch, votes.classes, prompt_set, ks).items():
                 values.setdefault(name, []).append(value)
@@ -74,3 +81,54 @@ def evaluate(
         batch = sample_batch(rollout, prompt_set, encoded, positions, once, seed, decode)
         result["greedy_accuracy"] = correct(batch, prompt_set.answers, prompt_set.checker).nanmean().item()
     return result
+
+
+def _accuracy_at_k(batch: RolloutBatch, classes: Sequence[int], prompt_set: PromptSet, ks: Sequence[int]) -> dict[str, float]:
+    """avg@k, pass@k and maj@k, mean over the prompts that have an answer."""
+    truth = correct(batch, prompt_set.answers, prompt_set.checker)
+    columns: dict[str, list[float]] = {}
+    for members in batch.groups().values():
+        if truth[members[0]].isnan():
+            continue
+        right = [bool(truth[m]) for m in members]
+        group_classes = [classes[m] for m in members]
+        for k in ks:
+            if k <= len(members):
+                columns.setdefault(f"avg@{k}", []).append(avg_at_k(right, k))
+                columns.setdefault(f"pass@{k}", []).append(pass_at_k(len(right), sum(right), k))
+                columns.setdefault(f"maj@{k}", []).append(maj_at_k(group_classes, right, k))
+    return {name: sum(values) / len(values) for name, values in columns.items()}
+
+
+def evaluate_model(
+    name: str, *, data: str | None, split: str, limit: int | None, ks: Sequence[int], overrides: Sequence[str] = ()
+) -> dict[str, float]:
+    """What `urlvr eval` prints: `evaluate` for a run (its newest checkpoint), a model directory, a hub id, or `bundled`.
+
+    data: as for training; None takes what a run evaluates itself on, and the arithmetic task otherwise. max(ks) completions are sampled.
+    Raises ConfigError, DataError, RolloutError.
+    """
+    path = Path(name)
+    run = path if (path / CONFIG_FILE).is_file() else None
+    config = configuration.load(run / CONFIG_FILE if run else None, overrides)
+    if run:
+        found = checkpoints(run)
+        if not found:
+            raise ConfigError(f"{run} has no complete checkpoint to evaluate")
+        source = str(found[-1])
+    else:
+        source = resolve_model(name)
+    if data is not None:
+        config.data, config.eval.data = data, None
+    config.prompts.split = split
+    config.prompts.limit = limit or (config.eval.prompts if data is None else None)
+    check_engine(config)
+    loaded = load_model(config, source)
+    prompts, encoded = load_encoded(config, loaded, config.eval.data or config.data, split, config.prompts.limit)
+    rollout = build_rollout(config, loaded, max(map(len, encoded.token_ids)) + config.rollout.max_tokens)
+    try:
+        sampling = Sampling(max(ks), config.eval.temperature, config.rollout.max_tokens, config.eval.top_p)
+        seed = mixed_seed(config.seed, EVAL_SEED)
+        return evaluate(rollout, prompts, encoded, loaded.decode, sampling=sampling, ks=ks, samplings=config.eval.samplings, seed=seed)
+    finally:
+        rollout.close()

@@ -1,8 +1,8 @@
 """The learner: turns rollouts and advantages into gradients, and gradients into an update.
 
-Only the model's body sees padding. Rollouts are sorted by length and cut into micro-batches under a token budget, the body runs on the padded
-micro-batch, and the hidden states of the response tokens alone go to the loss, which never holds the logits of a whole batch. Denominators
-are those of the whole batch, so the gradient does not depend on where micro-batches were cut.
+Only the model's body sees padding. Rollouts are sorted by length and cut into micro-batches under a token budget, the body runs on
+the padded micro-batch, and the hidden states of the response tokens alone go to the loss, which never holds the logits of a whole
+batch. Denominators are those of the whole batch, so the gradient does not depend on where micro-batches were cut.
 
 Parameters are fp32 always; with `trainer.dtype=bfloat16` the products run under autocast.
 """
@@ -21,7 +21,8 @@ from urlvr_fast.ops import linear_policy_loss, linear_token_stats
 from urlvr_fast.trainer.batch import RolloutBatch
 from urlvr_fast.trainer.config import LossConfig, TrainerConfig
 
-# What each loss is divided by, over the whole batch (the table of `urlvr_fast.policy_loss`).
+# Losses divided by tokens; the others are divided by sequences (the table of `urlvr_fast.policy_loss`). Both are counted over the whole
+# batch, which is what `bnpo` means here by its call.
 PER_TOKEN = ("reinforce", "dapo", "bnpo", "cispo")
 
 
@@ -78,6 +79,10 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=trainer.lr, weight_decay=trainer.weight_decay, betas=(0.9, 0.999)
         )
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by name, as an engine takes them: a tied weight comes under each of its names, since engines may keep copies of it."""
+        return self.model.named_parameters(remove_duplicate=False)
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch, outputs: Sequence[str], rows: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -168,9 +173,12 @@ class Learner:
 
     def _loss_options(self, tokens: int, sequences: int) -> dict[str, Any]:
         loss = self._loss
+        denominator = tokens if loss.loss_type in PER_TOKEN else sequences
+        if loss.loss_type == "dr_grpo":
+            denominator *= self._max_response_tokens
         return {
             "loss_type": loss.loss_type,
-            "denominator": tokens if loss.loss_type in PER_TOKEN else sequences,
+            "denominator": denominator,
             "token_denominator": tokens,
             "max_length": self._max_response_tokens,
             "eps_low": loss.eps_low,

@@ -6,15 +6,26 @@ An engine samples completions of token ids and says with what log-probability it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
 class RolloutError(RuntimeError):
     """The engine cannot be used, or what it returned cannot be trusted. The message says what to do."""
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's global generators under `seed`, and as they were afterwards. Engines sample from them."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)
@@ -38,14 +49,15 @@ class Rollout(Protocol):
         """`sampling.n` completions of each prompt, in order. The same weights, prompts and seed give the same tokens."""
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over the trainer's weights, under their `transformers` names, and forget whatever was cached with the old ones."""
+        """Take over the trainer's weights, under their `transformers` names (a tied one under each of its names), and forget whatever was
+        cached with the old ones."""
 
     def close(self) -> None:
         """Give the memory back. Safe to call twice."""
 
 
-def prompt_seed(seed: int, index: int) -> int:
-    """A seed for one prompt of one call: what a prompt draws does not depend on which others are in flight with it."""
+def mixed_seed(seed: int, index: int) -> int:
+    """The seed of the index-th draw under `seed`: neither neighbouring seeds nor neighbouring draws have streams in common."""
     # splitmix64's finaliser: neighbouring (seed, index) pairs land far apart.
     x = (seed * 0x9E3779B97F4A7C15 + index + 1) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF

