@@ -99,7 +99,7 @@ def test_procedural_task() -> None:
     assert not set(map(str, train.prompts)) & set(map(str, test.prompts))
     assert isinstance(train.checker, IntegerAnswers)
     for id, prompt in zip(train.ids, train.prompts, strict=True):
-        left, operation, right = next((str(prompt)[:-1].partition(o) for o in "+*-" if o in str(prompt)))
+        left, operation, right = next(str(prompt)[:-1].partition(o) for o in "+*-" if o in str(prompt))
         result = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[operation](int(left), int(right))
         assert train.answers[id] == str(result)
         assert train.columns["operation"][id] == operation
@@ -127,7 +127,7 @@ def test_select_keeps_ids_and_answers(tmp_path: Path) -> None:
         ({"prompt": "  "}, r"line 2: 'prompt' is empty"),
         ({"prompt": 7}, r"line 2: 'prompt' must be text or a list of chat messages, not a number"),
         ({"prompt": []}, r"line 2: 'prompt' is an empty list of messages"),
-        ({"prompt": ["hi"]}, r"line 2: 'prompt', message 0: must be \{\"role\": …, \"content\": …\}, not text|not a"),
+        ({"prompt": ["hi"]}, r"line 2: 'prompt', message 0: must be \{\"role\": …, \"content\": …\}, not text"),
         ({"prompt": [{"role": "user"}]}, r"message 0: 'content' must be text, not null"),
         ({"prompt": [{"role": "user", "content": "a"}, {"role": 1, "content": "b"}]}, r"message 1: 'role' must be text, not a number"),
         ({"prompt": [{"role": "", "content": "b"}]}, r"message 0: 'role' is empty"),
@@ -223,7 +223,10 @@ def test_real_problems(contest_data: Path, name: str, rows: int) -> None:
 
 # --- token ids --------------------------------------------------------------------------------------------------------
 
-CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def prompt_set(*prompts: Any) -> PromptSet:

@@ -110,8 +110,14 @@ def test_greedy_takes_the_likeliest_token(engine):
 
 
 def test_threads_are_the_trainers(engine):
-    """vLLM's CPU worker changes torch's thread count; the engine must put it back."""
-    assert torch.get_num_threads() == THREADS
+    """vLLM's CPU worker changes torch's thread count and disables the function that sets it; the engine must put both back."""
+    before = torch.get_num_threads()
+    assert before == THREADS
+    try:
+        torch.set_num_threads(before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 THREADS = torch.get_num_threads()

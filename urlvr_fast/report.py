@@ -418,14 +418,17 @@ def _step_samples(rows: list[dict[str, Any]]) -> str:
     return "".join(_group_samples(group) for group in groups.values())
 
 
+SAMPLE_COLUMNS = ("Completion", "Answer", "Vote", "Correct", "Reward", "Advantage", "Tokens")
+
+
 def _group_samples(rows: list[dict[str, Any]]) -> str:
     body = "".join(_sample_row(row) for row in rows[:MOST_ROLLOUTS])
     rest = f'<p class="dim">{len(rows) - MOST_ROLLOUTS} more rollouts in samples.jsonl</p>' if len(rows) > MOST_ROLLOUTS else ""
-    head = "<tr><th>Completion</th><th>Answer</th><th>Vote</th><th>Correct</th><th>Reward</th><th>Advantage</th><th>Tokens</th></tr>"
+    head = "".join(f"<th>{column}</th>" for column in SAMPLE_COLUMNS)
     return (
         f'<div class="group"><p class="dim">prompt {esc(rows[0].get("prompt_id", "–"))}</p>'
         f'<div class="text prompt">{esc(_clip(rows[0].get("prompt", "")))}</div>'
-        f'<div class="scroll"><table class="samples">{head}{body}</table></div>{rest}</div>'
+        f'<table class="samples"><tr>{head}</tr>{body}</table>{rest}</div>'
     )
 
 
@@ -440,11 +443,10 @@ def _sample_row(row: dict[str, Any]) -> str:
     vote = "majority" if row.get("in_majority") else "–" if row.get("class") is None else "minority"
     answer = "none" if row.get("answer") is None else _clip(row["answer"])
     cut = ' <span class="dim">cut off</span>' if row.get("finish_reason") == "length" else ""
-    return (
-        f'<tr><td><div class="text">{esc(_clip(row.get("completion", "")))}</div></td><td><div class="text">{esc(answer)}</div></td>'
-        f"<td>{vote}</td><td>{correct}</td><td>{esc(number(row.get('reward')))}</td>"
-        f"<td>{esc(number(row.get('advantage')))}</td><td>{esc(number(row.get('length')))}{cut}</td></tr>"
-    )
+    completion, answer = (f'<div class="text">{esc(text)}</div>' for text in (_clip(row.get("completion", "")), answer))
+    numbers = (esc(number(row.get("reward"))), esc(number(row.get("advantage"))), esc(number(row.get("length"))) + cut)
+    cells = zip(SAMPLE_COLUMNS, (completion, answer, vote, correct, *numbers), strict=True)
+    return "<tr>" + "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in cells) + "</tr>"
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------------------------
@@ -683,13 +685,13 @@ def _lines(series: Series, axis: Axis, x_max: int, points: bool) -> str:
 
 
 def _smooth(points: list[Point]) -> list[Point]:
-    """Mean over a window of a twentieth of the run, centred so that the line does not lag; the window shrinks towards both ends."""
+    """Mean over a window of a twentieth of the run, centred so that the line does not lag, and cut where the run begins and ends."""
     sums = [0.0, *itertools.accumulate(value for _, value in points)]
     half = max(len(points) // 40, 2)
     smoothed = []
     for i, (step, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        smoothed.append((step, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+        first, end = max(i - half, 0), min(i + half + 1, len(points))
+        smoothed.append((step, (sums[end] - sums[first]) / (end - first)))
     return smoothed
 
 
@@ -778,12 +780,17 @@ path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; st
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; max-height: 12em; overflow-y: auto;
   font: 13px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .prompt { background: var(--page); border-radius: 6px; padding: 8px 10px; margin: 4px 0 6px; }
-.samples { width: 100%; min-width: 620px; } .samples td:first-child { width: 45%; min-width: 200px; }
-.samples td:nth-child(2) { min-width: 70px; }
-.samples td { padding-right: 14px; } .right { color: var(--good); white-space: nowrap; } .wrong { color: var(--bad); white-space: nowrap; }
+.samples { width: 100%; } .samples td:first-child { width: 45%; } .samples td { padding-right: 14px; }
+.samples td:nth-child(n+3) { white-space: nowrap; } .right { color: var(--good); } .wrong { color: var(--bad); }
 @media (max-width: 760px) { main { padding: 20px 14px 48px; } h1 { font-size: 24px; } details { padding: 0 12px; }
   .charts { grid-template-columns: minmax(0, 1fr); } .facts { grid-template-columns: 1fr 1fr; }
-  .numbers td, .numbers tr:first-child > th:not(:first-child) { padding-left: 16px; } }
+  .numbers td, .numbers tr:first-child > th:not(:first-child) { padding-left: 16px; }
+  /* A rollout becomes a card: the completion, and below it the rest with its column's name. */
+  .samples, .samples tbody { display: block; } .samples tr:first-child { display: none; }
+  .samples tr { display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 8px 0; border-bottom: 1px solid var(--rule); }
+  .samples td { border: 0; padding: 0; max-width: 100%; } .samples td:first-child { width: 100%; }
+  .samples td:not(:first-child)::before { content: attr(data-name) " "; color: var(--dim); font-size: 13px; }
+  .samples td:nth-child(2) .text { display: inline; } }
 @media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }
 """
 

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from urlvr_fast.monitor.pass_at_k import avg_at_k, maj_at_k, pass_at_k
 from urlvr_fast.rewards.answers import AnswerChecker
 from urlvr_fast.rewards.ensemble import Votes, vote
 from urlvr_fast.rewards.external import correct
 
 if TYPE_CHECKING:
     from urlvr_fast.trainer.batch import RolloutBatch
+
+__all__ = ["alignment_metrics", "avg_at_k", "maj_at_k", "pass_at_k", "point_biserial"]
 
 
 def alignment_metrics(

@@ -32,20 +32,20 @@ def maj_at_k(classes: Sequence[int], correct: Sequence[bool], k: int) -> float:
     """Probability that the majority answer of k rollouts drawn from these is correct.
 
     classes: the answer class of each rollout, −1 for no answer (such rollouts can be drawn and do not vote). correct: whether that answer
-    is right, the same for all of a class (ValueError otherwise). Several classes with the most votes share the draw equally, which
-    is a tie broken at random; a draw in which nobody votes is wrong. Meant for n of up to some hundreds; k = n is cheap at any n.
+    is right. A class is right when its rollouts are; should they disagree (equivalence need not be transitive), by the share that is.
+    Several classes with the most votes share the draw equally, which is a tie broken at random; a draw in which nobody votes is wrong.
+    Meant for n of up to some hundreds; k = n is cheap at any n.
     """
     n = len(classes)
     _check(n, k)
-    right = {number: bool(truth) for number, truth in zip(classes, correct, strict=True)}
-    if any(right[number] != bool(truth) for number, truth in zip(classes, correct, strict=True)):
-        raise ValueError("rollouts of one answer class must be all correct or all wrong")
     sizes = Counter(classes)
     silent = sizes.pop(-1, 0)
+    votes_right = Counter(number for number, truth in zip(classes, correct, strict=True) if truth)
+    right = {number: Fraction(votes_right[number], size) for number, size in sizes.items()}
     if k == n:
         top = [number for number, size in sizes.items() if size == max(sizes.values())]
-        return sum(right[number] for number in top) / len(top) if top else 0.0
-    return float(sum((_wins(number, sizes, silent, k) for number in sizes if right[number]), Fraction(0)) / math.comb(n, k))
+        return float(sum(right[number] for number in top) / len(top)) if top else 0.0
+    return float(sum(right[number] * _wins(number, sizes, silent, k) for number in sizes if right[number]) / math.comb(n, k))
 
 
 def _wins(number: int, sizes: dict[int, int], silent: int, k: int) -> Fraction:

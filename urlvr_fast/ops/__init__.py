@@ -14,6 +14,8 @@ Conventions, once for all of them:
 * On CUDA nothing waits for the device: contents that cannot be checked for that reason (ids, temperatures) make their row NaN. On the
   CPU they
   raise. Exceptions: `group_advantages`, and `shard_group` in the torch backend, which learns the sizes of the shards.
+* torch.compile(fullgraph=True) takes token_stats, linear_token_stats and policy_loss. The two ops that make their gradient in the forward
+  differentiate small vectors there, which breaks the graph in the torch backend.
 * `shard_group`: columns are this rank's slice of the vocabulary, in rank order; ids are global; every rank calls alike.
 * `backend`: see `backend.py`. A backend that cannot be had raises.
 

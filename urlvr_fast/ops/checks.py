@@ -1,5 +1,8 @@
-"""What every op refuses, in one place. Range checks of tensor contents run on the CPU only: on CUDA they would cost a host read, and the
-rows concerned come out as NaN instead."""
+"""What every op refuses, in one place.
+
+Range checks of tensor contents run on the CPU only: on CUDA they would cost a host read, and under torch.compile they would break the
+graph. There the rows concerned come out as NaN instead.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,10 @@ import torch
 from torch import Tensor
 
 from urlvr_fast.ops.reference import DIFFERENTIABLE, TokenStats
-from urlvr_fast.ops.rows import Keep, RowSpec
+from urlvr_fast.ops.rows import Keep, RowSpec, readable
 from urlvr_fast.ops.shards import Shard
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> None:
@@ -59,7 +58,7 @@ def _check_ids(ids: Tensor, mask: Tensor | None, columns: int) -> None:
     outside = (ids < 0) | (ids >= columns)
     if mask is not None:
         outside &= mask
-    if on_cpu(ids) and bool(outside.any()):
+    if readable(ids) and bool(outside.any()):
         where = int(outside.nonzero()[0])
         raise IndexError(f"ids[{where}] = {int(ids[where])} is not a column of 0..{columns - 1}")
 
@@ -74,7 +73,7 @@ def _temperature(temperature: float | Tensor, shape: tuple[int, ...], device: to
     check_rows("temperature", temperature, shape, device, FLOATS)
     flat = temperature.detach().reshape(-1).to(dtype)
     wrong = ~(flat > 0) if mask is None else ~(flat > 0) & mask
-    if on_cpu(flat) and bool(wrong.any()):
+    if readable(flat) and bool(wrong.any()):
         raise ValueError(f"temperature[{int(wrong.nonzero()[0])}] = {flat[wrong][0].item()} must be above 0")
     return flat
 
@@ -88,7 +87,7 @@ def _check_keep(keep: Keep, rows: int, columns: int, device: torch.device) -> No
             raise ValueError(f"keep's {name} is on {part.device}, the rest on {device}")
     if len(crow) != rows + 1:
         raise ValueError(f"keep's crow must have {rows + 1} offsets for {rows} rows, not {len(crow)}")
-    if on_cpu(crow):
+    if readable(crow):
         if int(crow[0]) != 0 or int(crow[-1]) != len(col) or bool((crow.diff() < 0).any()):
             raise ValueError(f"keep's crow must rise from 0 to {len(col)}, the length of its col")
         if len(col) and not 0 <= int(col.min()) <= int(col.max()) < columns:
@@ -202,7 +201,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, device: torch.device) -> Non
         )
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the rest on {device}")
-    if on_cpu(cu_seqlens) and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows or bool((cu_seqlens.diff() < 0).any())):
+    if readable(cu_seqlens) and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows or bool((cu_seqlens.diff() < 0).any())):
         raise ValueError(f"cu_seqlens must rise from 0 to {rows}, the number of rows; it is {cu_seqlens.tolist()[:8]}…")
 
 

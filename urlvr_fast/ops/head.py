@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
-from urlvr_fast.ops.rows import RowSpec, RowStats, Upstream, row_gradient, row_statistics
+from urlvr_fast.ops.rows import RowSpec, RowStats, Upstream, readable, row_gradient, row_statistics
 
 SLAB_ELEMENTS = 1 << 23  # of the weight, upcast at a time: 32 MiB
 
@@ -130,7 +130,7 @@ class HeadRows:
 
     def _alive(self, upstream: Upstream) -> Tensor | None:
         """Rows with a gradient, where that is known on the host and dropping the others pays; None otherwise."""
-        if self.hidden.device.type != "cpu" or self.spec.shard is not None:
+        if not readable(self.hidden) or self.spec.shard is not None:
             return None
         alive = torch.stack([g != 0 for g in upstream.values()]).any(0)
         return alive.nonzero()[:, 0] if int(alive.sum()) <= 0.9 * len(alive) else None

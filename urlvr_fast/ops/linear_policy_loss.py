@@ -20,7 +20,7 @@ from urlvr_fast.ops.head import HeadRows, bias_gradient, row_chunks, weight_grad
 from urlvr_fast.ops.linear_token_stats import CHUNK_BYTES, join, spread
 from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, prepare_loss, row_gradients, unless_all
 from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
-from urlvr_fast.ops.rows import RowStats
+from urlvr_fast.ops.rows import RowStats, readable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,9 +31,9 @@ def _live_index(loss: PreparedLoss, live: Tensor | None, advantages: Tensor, per
     rows = loss.rows
     if live is not None:
         index = live
-    elif checks.on_cpu(rows.live):
+    elif readable(rows.live):
         index = rows.live.nonzero()[:, 0]
-    elif checks.on_cpu(advantages) and per_token and not loss.options.regularised and not loss.joined:
+    elif readable(advantages) and per_token and not loss.options.regularised and not loss.joined:
         index = advantages.reshape(-1).nonzero()[:, 0].to(rows.live.device, non_blocking=True)
     else:
         return None
@@ -45,7 +45,7 @@ def _check_live(live: Tensor, rows: int, device: torch.device) -> tuple[Tensor, 
     if live.dim() != 1 or live.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"live must be a 1-D int64 or int32 tensor of row indices, not {tuple(live.shape)} {live.dtype}")
     index = live.long().sort().values
-    if checks.on_cpu(index) and len(index):
+    if readable(index) and len(index):
         if int(index[0]) < 0 or int(index[-1]) >= rows:
             raise IndexError(f"live must lie in 0..{rows - 1}; it has {int(index[0])}..{int(index[-1])}")
         if bool((index.diff() == 0).any()):
@@ -57,7 +57,7 @@ def _check_live(live: Tensor, rows: int, device: torch.device) -> tuple[Tensor, 
 def _check_nothing_lost(loss: PreparedLoss, needed: Tensor) -> None:
     """`live` may leave out dead rows only; checked where that needs no host read."""
     lost = needed & ~loss.rows.live
-    if checks.on_cpu(lost) and bool(lost.any()):
+    if readable(lost) and bool(lost.any()):
         raise ValueError(
             f"live leaves out row {int(lost.nonzero()[0])}, which counts and has a gradient: dead is where mask is False, or where the "
             "advantage is 0 and there is no KL, entropy or self-certainty term (for losses that join a sequence: throughout it)"
@@ -129,17 +129,15 @@ def linear_policy_loss(
             `linear_token_stats`. A weight or hidden state that requires no gradient costs none.
         advantages, mask and the keywords in `loss` are those of `policy_loss`; entropy and self-certainty come from the logits.
         live: (n,) int64 indices of the rows to run, for callers who know them on the host; the others must be dead (see `policy_loss`),
-            which
-            is checked on the CPU. None: on the CPU, and with per-token advantages that are on the CPU, dead rows are found and dropped;
-            otherwise every row runs and nothing waits for the device. Denominators and token counts come from `mask` all the same. The
-            metrics' means are over `live` rows that count, where it is given.
+            which is checked on the CPU. None: on the CPU, and with per-token advantages that are on the CPU, dead rows are found and
+            dropped; otherwise every row runs and nothing waits for the device. Denominators and token counts come from `mask` all the same.
+            The metrics' means are over the `live` rows that count, where it is given.
         grad_weight_out: (V, H) fp32 (fp64 for fp64) buffer that the backward adds the weight's gradient to; `weight.grad` is left alone.
 
     Returns:
         (loss, metrics) as `policy_loss`; the metric `entropy` is always there. Backward multiplies the gradients by the upstream
         gradient on the device, rounds them once to the dtypes of hidden, weight and bias, and releases them; a second backward raises.
-        Under no_grad: one
-        product, no gradient. All rows dead: loss 0 and zero gradients.
+        Under no_grad: one product, no gradient. All rows dead: loss 0 and zero gradients.
 
     Raises:
         As `linear_token_stats` and `policy_loss`; ValueError where `live` leaves out a row that has a gradient, or `grad_weight_out`

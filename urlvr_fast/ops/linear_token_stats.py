@@ -14,7 +14,7 @@ from urlvr_fast.ops.autograd import first_order
 from urlvr_fast.ops.backend import choose_backend
 from urlvr_fast.ops.head import HeadRows, bias_gradient, row_chunks, weight_gradient, without_autocast
 from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
-from urlvr_fast.ops.rows import RowSpec, RowStats, row_statistics
+from urlvr_fast.ops.rows import RowSpec, RowStats, readable, row_statistics
 
 CHUNK_BYTES = 256 << 20
 SAVE_BYTES = 2 << 30
@@ -159,7 +159,7 @@ def linear_token_stats(
         shard_group=shard_group,
     )
     index = None
-    if spec.mask is not None and checks.on_cpu(hidden):  # elsewhere this would need a host read
+    if spec.mask is not None and readable(hidden):  # elsewhere this would need a host read
         index = spec.mask.nonzero()[:, 0]
         spec = spec.select(index)
     budget = {"auto": save_bytes, "logits": float("inf"), "recompute": 0}[save]

@@ -21,6 +21,7 @@ from urlvr_fast.ops.reference import (
     loss_rows,
     policy_objective,
 )
+from urlvr_fast.ops.rows import readable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -147,7 +148,7 @@ def _check_needs(
 def _check_advantages(advantages: Tensor, shape: tuple[int, ...], device: torch.device, cu_seqlens: Tensor | None) -> None:
     if advantages.dtype not in checks.FLOATS:
         raise TypeError(f"advantages must be floating point, not {advantages.dtype}")
-    if advantages.device != device and not checks.on_cpu(advantages):
+    if advantages.device not in (device, torch.device("cpu")):
         raise ValueError(f"advantages are on {advantages.device}, the rest on {device}")
     per_token = tuple(advantages.shape) == shape
     sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
@@ -156,13 +157,7 @@ def _check_advantages(advantages: Tensor, shape: tuple[int, ...], device: torch.
             f", or ({sequences},), one a sequence" if sequences is not None else "; one a sequence needs cu_seqlens"
         )
         raise ValueError(f"advantages must have shape {wanted}, not {tuple(advantages.shape)}")
-    if (
-        per_token
-        and shape == (sequences,)
-        and cu_seqlens is not None
-        and checks.on_cpu(cu_seqlens)
-        and bool((cu_seqlens.diff() != 1).any())
-    ):
+    if per_token and shape == (sequences,) and cu_seqlens is not None and readable(cu_seqlens) and bool((cu_seqlens.diff() != 1).any()):
         raise ValueError(
             f"advantages of shape {shape} could be one a token or one a sequence: there are as many of both. Expand them to tokens"
         )
@@ -178,7 +173,7 @@ def _check_denominator(name: str, value: float | Tensor | None) -> None:
 
 def unless_all(rows: Tensor) -> Tensor | None:
     """The mask, or None where it is known without a host read that it masks nothing."""
-    return None if checks.on_cpu(rows) and bool(rows.all()) else rows
+    return None if readable(rows) and bool(rows.all()) else rows
 
 
 def row_gradients(loss: PreparedLoss, values: TokenStats) -> dict[str, Tensor]:
@@ -267,12 +262,13 @@ def policy_loss(
         rollout_level: w per "token", or per "sequence" (the product over its mask tokens).
 
     Returns:
-        (loss, metrics). The loss is 0-d, fp32 (fp64 for fp64 log-probs). Metrics are detached 0-d tensors on the device, each present where its
-        input is: `policy_loss` (already divided, so it adds up over micro-batches); the counts `tokens`, `live_tokens`, `sequences`; the
-        maxima `ratio_max` and `rollout_gap_max`, the largest |logp − rollout_logp|; and means over the live tokens, to be weighted with
-        `live_tokens`: `ratio_mean`, `clip_frac_low`, `clip_frac_high` (ratio outside the range on the side where that stops the gradient;
-        cispo: above its cap), `kl`, `entropy`, `self_certainty`, `rollout_weight_mean`. Live are the tokens that count and are not dead,
-        dead being advantage 0 without a KL, entropy or self-certainty term (for types that join a sequence: throughout it).
+        (loss, metrics). The loss is 0-d, fp32 (fp64 for fp64 log-probs). Metrics are detached 0-d tensors on the device, each present
+        where its input is: `policy_loss` (already divided, so it adds up over micro-batches); the counts `tokens`, `live_tokens`,
+        `sequences`; the maxima `ratio_max` and `rollout_gap_max`, the largest |logp − rollout_logp|; and means over the live tokens, to
+        be weighted with `live_tokens`: `ratio_mean`, `clip_frac_low`, `clip_frac_high` (ratio outside the range on the side where that
+        stops the gradient; cispo: above its cap), `kl`, `entropy`, `self_certainty`, `rollout_weight_mean`. Live are the tokens that
+        count and are not dead, dead being advantage 0 without a KL, entropy or self-certainty term (for types that join a sequence:
+        throughout it).
 
     Raises:
         ValueError: something a loss type needs is missing (it is named), a number out of range, a shape or device that does not fit.

@@ -95,7 +95,7 @@ def token_stats(
     m, log_s, mean_shifted, shifted = _log_softmax_parts(x, everything)
     finite = (x != -math.inf).sum(-1)
     mean = shifted.sum(-1) / finite
-    p = (shifted - log_s[:, None]).exp().masked_fill(x == -math.inf, 0).detach()
+    p = (shifted - log_s[:, None]).exp().masked_fill((x == -math.inf) & ~m.isnan()[:, None], 0).detach()
     top = p.topk(min(2, columns), dim=-1).values
     stats = TokenStats(
         lse=m + log_s,
@@ -394,7 +394,7 @@ def token_terms(logp: Tensor, rows: LossRows, options: LossOptions) -> Terms:
         return Terms(-r.clamp(max=options.ratio_cap) * a * logp, r, never, r > options.ratio_cap)
     if kind == "sapo":
         r = log_ratio.exp()
-        tau = torch.where(a > 0, options.tau_pos, options.tau_neg).to(logp.dtype)
+        tau = torch.where(a > 0, a.new_full((), options.tau_pos), a.new_full((), options.tau_neg))
         return Terms(-a * 4 * torch.sigmoid(tau * (r - 1)) / tau, r.detach(), never, never)
     return _clipped(log_ratio, a, options)
 

@@ -55,6 +55,11 @@ class RowSpec:
         return replace(self, ids=pick(self.ids), temperature=temperature, mask=pick(self.mask), keep=keep)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether its contents may steer Python: on the CPU, outside torch.compile. Elsewhere that waits for the device or breaks the graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def select_keep(keep: Keep, rows: Tensor | slice) -> Keep:
     """The keep set of some rows. Offsets of a slice stay those of the whole, so `crow` need not begin at 0."""
     crow, col = keep
@@ -138,7 +143,7 @@ def _kept(spec: RowSpec, a: int, b: int, columns: int) -> tuple[Tensor, Tensor, 
     crow, col = spec.keep
     offset = 0 if spec.shard is None else spec.shard.offset
     valid: Tensor | None = None
-    if crow.device.type == "cpu":
+    if readable(crow):
         crow = crow[a : b + 1]
         col = col[int(crow[0]) : int(crow[-1])]
         row = torch.arange(b - a).repeat_interleave(crow.diff())

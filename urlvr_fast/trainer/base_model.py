@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import tokenizers
@@ -24,6 +25,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, processors
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from urlvr_fast.tasks import arithmetic
 from urlvr_fast.tasks.arithmetic import Problem
@@ -37,7 +39,7 @@ WIDTH = 12  # tokens of the longest training sequence: <bos>99*99=9801<eos>
 
 # The recipe of the bundled model. Correct answers come first, because arithmetic is learnt several times faster without noise. The easier
 # problems bring carrying within 1000 steps instead of 2000, and three wide layers learn faster than four narrow ones.
-STEPS, BATCH_SIZE, LEARNING_RATE = 4500, 64, 6e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 4000, 64, 6e-3
 FIRST_LESSON, EASIER_SHARE, WRONG_SHARE = 0.6, 0.3, 0.4
 
 
@@ -186,8 +188,8 @@ def completion_loss(model: Qwen3ForCausalLM, tokens: Tensor, prompt_lens: Tensor
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[is_completion]), targets[is_completion])
 
 
-def pretrain(model: Qwen3ForCausalLM, batches: tuple[Tensor, Tensor], *, peak_lr: float, after_step: Callable[[int, float], None]) -> None:
-    """One AdamW step per batch. `after_step(step, loss)` is called after each, with the number of steps done."""
+def pretrain(model: Qwen3ForCausalLM, batches: tuple[Tensor, Tensor], peak_lr: float) -> Iterator[tuple[int, float]]:
+    """One AdamW step per batch. Yields the number of steps done and the loss, after each."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
@@ -202,7 +204,7 @@ def pretrain(model: Qwen3ForCausalLM, batches: tuple[Tensor, Tensor], *, peak_lr
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        after_step(step + 1, loss.item())
+        yield step + 1, loss.item()
 
 
 def make_base(
@@ -233,14 +235,6 @@ def make_base(
     if steps < 1 or batch_size < 1 or eval_prompts < 1 or not 0 <= wrong_share < 1:
         raise ConfigError("make_base needs steps, batch_size and eval_prompts of at least 1 and a wrong_share from 0 to below 1")
     snapshot_at = snapshot_steps(steps, snapshots)
-    recipe = {
-        "task": "arithmetic",
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "peak_lr": peak_lr,
-        "data": data_recipe(wrong_share),
-    }
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
@@ -248,18 +242,20 @@ def make_base(
             torch.manual_seed(seed)
             model, tokenizer = Qwen3ForCausalLM(architecture()), character_tokenizer()
             log(f"pre-training {model.num_parameters():,} parameters on {steps * batch_size:,} problems")
-            started, losses = time.perf_counter(), []
-
-            def after_step(step: int, loss: float) -> None:
+            recipe = {"task": "arithmetic", "seed": seed, "steps": steps, "batch_size": batch_size, "peak_lr": peak_lr}
+            recipe |= {"threads": torch.get_num_threads(), "data": data_recipe(wrong_share)}
+            batches = training_batches(steps, batch_size, seed, wrong_share)
+            window = max(1, steps // 20)
+            losses: list[float] = []
+            started = time.perf_counter()
+            for step, loss in pretrain(model, batches, peak_lr):
                 losses.append(loss)
-                if step % max(1, steps // 20) == 0:
-                    recent = losses[-max(1, steps // 20) :]
-                    log(f"step {step}/{steps}  loss {sum(recent) / len(recent):.3f}  {step / (time.perf_counter() - started):.1f} steps/s")
+                if step % window == 0:
+                    log(f"step {step}/{steps}  loss {fmean(losses[-window:]):.3f}  {step / (time.perf_counter() - started):.1f} steps/s")
                 if step in snapshot_at:
                     write_model(out / "snapshots" / str(step), model, tokenizer, {**recipe, "step": step}, eval_prompts, log)
-
-            pretrain(model, training_batches(steps, batch_size, seed, wrong_share), peak_lr=peak_lr, after_step=after_step)
-            return write_model(out, model, tokenizer, {**recipe, "step": steps, "losses": [losses[0], losses[-1]]}, eval_prompts, log)
+            recipe |= {"step": steps, "first_loss": losses[0], "last_loss": fmean(losses[-window:])}
+            return write_model(out, model, tokenizer, recipe, eval_prompts, log)
     finally:
         torch.set_num_threads(threads_before)
 
@@ -295,6 +291,7 @@ def write_model(
     measured = measure(model, tokenizer, arithmetic.draw("test", limit=eval_prompts), seed=recipe["seed"])
     directory.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    disable_progress_bar()  # it would show one for each checkpoint
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, transformers, tokenizers)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from urlvr_fast.monitor.alignment import avg_at_k, maj_at_k, pass_at_k
+from urlvr_fast.monitor.pass_at_k import avg_at_k, maj_at_k, pass_at_k
 from urlvr_fast.rewards.ensemble import vote
 from urlvr_fast.rewards.external import correct
 from urlvr_fast.tasks.prompt_set import PromptSet
@@ -92,11 +92,14 @@ def _accuracy_at_k(batch: RolloutBatch, classes: Sequence[int], prompt_set: Prom
             continue
         right = [bool(truth[m]) for m in members]
         group_classes = [classes[m] for m in members]
+        # Equivalence is not always transitive, so members of a class can differ in the verdict; a vote stands or falls with its first.
+        verdict = {c: r for c, r in zip(reversed(group_classes), reversed(right), strict=True)}
+        class_right = [verdict[c] for c in group_classes]
         for k in ks:
             if k <= len(members):
                 columns.setdefault(f"avg@{k}", []).append(avg_at_k(right, k))
                 columns.setdefault(f"pass@{k}", []).append(pass_at_k(len(right), sum(right), k))
-                columns.setdefault(f"maj@{k}", []).append(maj_at_k(group_classes, right, k))
+                columns.setdefault(f"maj@{k}", []).append(maj_at_k(group_classes, class_right, k))
     return {name: sum(values) / len(values) for name, values in columns.items()}
 
 

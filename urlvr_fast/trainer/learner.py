@@ -143,10 +143,10 @@ class Learner:
         silent = (~live).nonzero().flatten().tolist()
         if silent:
             self._measure(batch, silent, totals)
-        metrics = totals.result()
-        metrics["actor_entropy"] = metrics.pop("entropy_sum") / max(1, response_tokens)
-        metrics["live_rollouts"] = float(live.sum())
-        return metrics
+        result = totals.result()
+        result["actor_entropy"] = result.pop("entropy_sum") / max(1, response_tokens)
+        result["live_rollouts"] = float(live.sum())
+        return result
 
     def update(self, step: int) -> dict[str, float]:
         """Clip the gradient and take the step; a gradient that is not finite is dropped. Returns `grad_norm`, `lr` and `skipped`."""
@@ -268,4 +268,4 @@ def _disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  nn.Module's attributes have no types

@@ -182,7 +182,7 @@ def training_step(run: Run, step: int) -> dict[str, float]:
     clock.append(time.perf_counter())
 
     votes = vote(batch, run.prompts.checker)
-    metrics |= alignment_metrics(batch, rewards, run.prompts.answers, run.prompts.checker)
+    metrics |= alignment_metrics(batch, rewards, run.prompts.answers, run.prompts.checker, votes=votes)
     metrics |= shape_metrics(batch, rewards)
     rollout_s, train_s, sync_s = (b - a for a, b in pairwise(clock))
     tokens = batch.sampled_logp.numel()
@@ -194,6 +194,8 @@ def training_step(run: Run, step: int) -> dict[str, float]:
         "rollout_tokens_per_s": tokens / rollout_s,
         "train_tokens_per_s": tokens / train_s,
     }
+    if hasattr(run.prompts.checker, "timeouts"):
+        metrics["answer_timeouts"] = run.prompts.checker.timeouts  # so far; each one counts as "different"
     for message in run.alarm.update(step, batch, rewards, metrics["parse_rate"]):
         run.log.warn(step, message)
     if step == 1 or step == config.trainer.steps or (config.trainer.samples_every and step % config.trainer.samples_every == 0):
@@ -267,14 +269,13 @@ def evaluation(run: Run, samplings: int) -> dict[str, float]:
     if not run.eval_encoded.token_ids:
         return {}
     sampling = Sampling(config.eval.group_size, config.eval.temperature, config.rollout.max_tokens, config.eval.top_p)
-    ks = sorted({1, config.eval.group_size})
     result = evaluate(
         run.rollout,
         run.eval_prompts,
         run.eval_encoded,
         run.loaded.decode,
         sampling=sampling,
-        ks=ks,
+        ks=[config.eval.group_size],
         samplings=samplings,
         seed=mixed_seed(config.seed, EVAL_SEED),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from urlvr_fast.trainer.base_model import bundled_model_path
 from urlvr_fast.trainer.config import Config, ConfigError
@@ -51,6 +52,7 @@ def load_model(config: Config, source: str) -> LoadedModel:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
+    disable_progress_bar()  # a bar for every shard would break the live view
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

@@ -109,4 +109,6 @@ class _LogpRecorder(LogitsProcessor):
 
     def _take(self, input_ids: Tensor) -> None:
         if self._scores is not None:
-            self._logp.append(token_stats(self._scores, input_ids[:, -1], outputs=("logp",)).logp)
+            logp = token_stats(self._scores, input_ids[:, -1], outputs=("logp",)).logp
+            assert logp is not None
+            self._logp.append(logp)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -47,30 +48,32 @@ class VLLMRollout:
         require_vllm()
         # Read by vLLM when it is imported or when the engine starts, so they must stand before both. What a user has set wins.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights travel as tensors, which needs the engine in this process
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(kv_cache_gib))))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        threads = torch.get_num_threads()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of torch, nothing a user could change
-            from vllm import LLM
+        set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+        # vLLM's own use of torch and Triton: nothing that a user could change. VLLM_LOGGING_LEVEL brings its log back.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+        from vllm import LLM
 
-        options: dict[str, Any] = {} if not torch.cuda.is_available() else {"gpu_memory_utilization": gpu_memory}
+        on_gpu = torch.cuda.is_available()
+        memory = {"gpu_memory_utilization": gpu_memory} if on_gpu else {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
         self._stop_token_ids = stop_token_ids
         self._llm: Any = LLM(
             model=model,
             skip_tokenizer_init=True,  # prompts and completions are token ids
             dtype=dtype,
-            enforce_eager=not torch.cuda.is_available(),
+            enforce_eager=not on_gpu,
             max_model_len=max_model_len,
             max_num_seqs=max_sequences,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=seed,
-            **options,
+            **memory,
         )
-        # vLLM's CPU worker sets the thread count of the process that hosts it; the trainer in the same process wants its own back.
+        # vLLM's CPU worker sets the thread count of the process that hosts it and replaces the function that would set it back.
+        torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
