@@ -156,14 +156,14 @@ def test_an_existing_directory_is_left_alone(tmp_path: Path) -> None:
 def test_snapshot_steps() -> None:
     assert snapshot_steps(1000, 0) == []
     five = snapshot_steps(1000, 5)
-    assert len(set(five)) == 5
-    assert five == sorted(five)
-    assert five[-1] == 1000
+    assert five == [300, 450, 600, 800, 1000]
+    assert snapshot_steps(1000, 1) == [1000]
     assert snapshot_steps(10, [7, 3]) == [3, 7]
     with pytest.raises(ConfigError, match=r"snapshots at \[11\]: the run has steps 1 to 10"):
         snapshot_steps(10, [3, 11])
-    with pytest.raises(ConfigError, match="snapshots=11"):
-        snapshot_steps(10, 11)
+    for number in (11, -1):
+        with pytest.raises(ConfigError, match=f"snapshots={number}: not a number that a run of 10 steps has room for"):
+            snapshot_steps(10, number)
 
 
 # --- the model that ships ---------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ def test_file_overrides_and_types(tmp_path):
     assert (config.trainer.steps, config.trainer.lr, config.run_dir, config.prompts.limit) == (9, 1e-4, "runs/x", None)
     assert config.rollout.stop_token_ids == [5, 6]
     assert isinstance(config.eval.temperature, float)
+    assert load(None, ["log.live=off"]).log.live == "off"
     assert config.model == "12"  # text is wanted, whatever YAML makes of it
 
 

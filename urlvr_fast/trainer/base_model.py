@@ -222,7 +222,8 @@ def make_base(
 ) -> dict[str, Any]:
     """Pre-train a base model and write it to `out_dir` for `from_pretrained` and vLLM, with `base.json` beside it; returns what that holds.
 
-    snapshots: also keep that many checkpoints of the run, weak to strong (or at exactly these steps), in `out_dir/snapshots/<step>`.
+    snapshots: also keep that many checkpoints of the run, weak to strong (or at exactly these steps), in `out_dir/snapshots/<step>`. Those
+        of the first 60 % have not seen a wrong answer: they are unsure where they have not learnt, not where they know.
     wrong_share: share of wrong answers in the second part of the training data.
     eval_prompts: held-out prompts on which each checkpoint is measured.
     threads: CPU threads, restored afterwards; None leaves torch's setting. The same seed, threads and versions give the same bits.
@@ -261,14 +262,20 @@ def make_base(
 
 
 def snapshot_steps(steps: int, snapshots: int | Sequence[int]) -> list[int]:
-    """The steps to keep. A number of them is spread over the part of the run in which accuracy rises, and ends with the last step."""
-    if isinstance(snapshots, int):
-        if not 0 <= snapshots <= steps:
-            raise ConfigError(f"snapshots={snapshots}: a run of {steps} steps has between 0 and {steps}")
-        return [max(1, round(steps * (number + 1) / snapshots)) for number in range(snapshots)]
-    if wrong := [step for step in snapshots if not 1 <= step <= steps]:
-        raise ConfigError(f"snapshots at {wrong}: the run has steps 1 to {steps}")
-    return sorted(set(snapshots))
+    """The steps to keep, in order. Of a number of them, three in five fall into the first lesson, where accuracy rises from nothing, none at
+    the start of the second, where the first mistakes set it back for a while, and one at the end.
+    """
+    if not isinstance(snapshots, int):
+        if wrong := [step for step in snapshots if not 1 <= step <= steps]:
+            raise ConfigError(f"snapshots at {wrong}: the run has steps 1 to {steps}")
+        return sorted(set(snapshots))
+    first = snapshots * 3 // 5
+    shares = [FIRST_LESSON * (0.25 + 0.75 * (n + 1) / first) for n in range(first)]
+    shares += [FIRST_LESSON + (1 - FIRST_LESSON) * (n + 1) / (snapshots - first) for n in range(snapshots - first)]
+    at = sorted({max(1, round(steps * share)) for share in shares})
+    if len(at) != snapshots:
+        raise ConfigError(f"snapshots={snapshots}: not a number that a run of {steps} steps has room for")
+    return at
 
 
 def data_recipe(wrong_share: float) -> dict[str, Any]:

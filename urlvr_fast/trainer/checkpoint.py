@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
+# In a folder of their own: vLLM takes every .safetensors file beside the model's for a part of it.
+STATE_FILE = "trainer/state.json"
+OPTIMIZER_FILE = "trainer/optimizer.safetensors"
 
 
 class CheckpointError(RuntimeError):
@@ -43,12 +44,12 @@ def save_checkpoint(run_dir: Path, step: int, model: Any, tokenizer: Any, optimi
     temporary = parent / f".writing-step-{step:06d}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        (temporary / "trainer").mkdir(parents=True)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         save_file(_optimizer_tensors(model, optimizer), str(temporary / OPTIMIZER_FILE))
         (temporary / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         if target.exists():  # a resumed run that repeats a step
             shutil.rmtree(target)

@@ -297,7 +297,9 @@ def _typed(key: str, hint: Any, value: Any) -> Any:
             return float(value)
         except ValueError:
             pass
-    elif wanted is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif wanted is str and isinstance(value, bool):
+        return "on" if value else "off"  # what YAML makes of a bare on or off
+    elif wanted is str and isinstance(value, (int, float)):
         return str(value)
     elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         if wanted is list:
