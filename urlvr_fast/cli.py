@@ -14,7 +14,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 (it failed), 2 (it was asked for something impossible), 130 (interrupted)."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -26,6 +26,17 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"\nurlvr {options.command}: {error}", file=sys.stderr)
         return status
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """argparse stops taking words at the first flag between them; `urlvr train c.yaml --overwrite trainer.steps=3` should work all the same."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if rest and (options.command != "train" or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.words += rest
+    return options
 
 
 def parser() -> argparse.ArgumentParser:

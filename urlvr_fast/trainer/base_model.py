@@ -262,8 +262,8 @@ def make_base(
 
 
 def snapshot_steps(steps: int, snapshots: int | Sequence[int]) -> list[int]:
-    """The steps to keep, in order. Of a number of them, three in five fall into the first lesson, where accuracy rises from nothing, none at
-    the start of the second, where the first mistakes set it back for a while, and one at the end.
+    """The steps to keep, in order. Of a number of them, three in five fall into the first lesson, where accuracy rises from nothing, none
+    at the start of the second, where the first mistakes set it back for a while, and one at the end.
     """
     if not isinstance(snapshots, int):
         if wrong := [step for step in snapshots if not 1 <= step <= steps]:
