@@ -158,6 +158,14 @@ def test_votes_by_hand():
     assert MajorityVoting(WORD)(batch).tolist() == [1, 0, 1, 0, 0, 1, 0, 0, 0]  # 7 wins group 1 by string order, all else equal
 
 
+def test_a_threshold_silences_groups_without_agreement():
+    batch = make_batch(["7", "8", "7", "no answer at all", "8", "7", "9"], [0, 0, 0, 0, 1, 1, 1])  # shares 2/4 and 1/3
+    assert MajorityVoting(WORD, threshold=0.5)(batch).tolist() == [1, 0, 1, 0, 0, 0, 0]
+    assert MajorityVoting(WORD, threshold=0.51)(batch).tolist() == [0] * 7
+    with pytest.raises(RewardError, match=r"threshold=1\.5"):
+        MajorityVoting(WORD, threshold=1.5)
+
+
 def test_ratio_counts_rollouts_without_an_answer():
     votes = vote(make_batch(["5", "a b", "a b", "a b"]), WORD)
     assert votes.ratios == {0: 0.25}
@@ -346,6 +354,8 @@ def test_options_reach_the_reward_or_are_refused():
     with pytest.raises(RewardError, match=r"papr_exact.*options are paper_exact"):
         build_reward("probability", checker=WORD, options={"papr_exact": True})
     with pytest.raises(RewardError, match="options are none"):
+        build_reward("self_certainty", checker=WORD, options={"length": 1})
+    with pytest.raises(RewardError, match="options are threshold"):
         build_reward("majority_voting", checker=WORD, options={"checker2": 1})
 
 

@@ -313,6 +313,7 @@ def test_rewards_of_ones_own(tmp_path):
         with pytest.raises(RewardError, match=f"(?is){message}"):
             run(tmp_path, f"reward={path}:{name}", name=name)
         assert json.loads((tmp_path / name / "run.json").read_text())["status"] == "failed"
+        assert "RewardError" in (tmp_path / name / "report.html").read_text()
 
 
 def test_constant_rewards_are_an_alarm(tmp_path):

