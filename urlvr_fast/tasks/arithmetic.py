@@ -49,10 +49,10 @@ class Kind(NamedTuple):
 
 ONE_DIGIT, TWO_DIGITS, ANY = range(2, 10), range(10, 100), range(2, 100)
 KINDS = (
-    Kind(0.35, "+", [(a, b) for a in TWO_DIGITS for b in TWO_DIGITS]),
-    Kind(0.30, "-", [(a, b) for a in TWO_DIGITS for b in TWO_DIGITS]),
-    Kind(0.25, "*", [(a, b) for a in ANY for b in ANY if a in ONE_DIGIT or b in ONE_DIGIT]),
-    Kind(0.10, "*", [(a, b) for a in TWO_DIGITS for b in TWO_DIGITS]),
+    Kind(0.38, "+", [(a, b) for a in TWO_DIGITS for b in TWO_DIGITS]),
+    Kind(0.34, "-", [(a, b) for a in TWO_DIGITS for b in TWO_DIGITS]),
+    Kind(0.08, "*", [(a, b) for a in ANY for b in ANY if a in ONE_DIGIT or b in ONE_DIGIT]),
+    Kind(0.20, "*", [(a, b) for a in TWO_DIGITS for b in TWO_DIGITS]),
 )
 
 
