@@ -17,6 +17,16 @@ def test_file_overrides_and_types(tmp_path):
     assert config.model == "12"  # text is wanted, whatever YAML makes of it
 
 
+def test_options_of_a_files_reward_do_not_reach_another(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("reward: majority_voting\nreward_options: {threshold: 0.4}\n")
+    assert load(path).reward_options == {"threshold": 0.4}
+    assert load(path, ["reward=majority_voting"]).reward_options == {"threshold": 0.4}
+    assert load(path, ["reward=self_certainty"]).reward_options == {}
+    assert load(path, ["reward=mine.py:f", "reward_options={scale: 2}"]).reward_options == {"scale": 2}
+    assert load(path, ["reward=mine.py:f", "reward_options.scale=2"]).reward_options == {"scale": 2}
+
+
 def test_saved_config_loads_back_to_the_same(tmp_path):
     config = load(None, ["reward_options={threshold: 0.5}", "trainer.stop_after=3", "prompts.suffix=' \\boxed{}\n'"])
     configuration.save(config, tmp_path / "c.yaml")

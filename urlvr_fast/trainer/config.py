@@ -127,7 +127,9 @@ class Config:
     model: str = option("bundled", "What to train: a directory or hub id for `AutoModelForCausalLM.from_pretrained`, or `bundled`.")
     data: str = option("arithmetic", "Prompts: a .jsonl, .json or .parquet file, a `datasets` directory or hub name, or a procedural task.")
     reward: str = option("majority_voting", "A reward's name, a dotted path, or `file.py:function`.")
-    reward_options: dict[str, Any] = option({}, "Keyword arguments for the reward.")
+    reward_options: dict[str, Any] = option(
+        {}, "Keyword arguments for the reward. A `reward=…` on the command line drops those of the file."
+    )
     run_dir: str | None = option(None, "Where the run goes. Unset: runs/<name of the YAML>-<date and time>.")
     seed: int = option(0, "Seed of prompt order and sampling.")
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
@@ -180,6 +182,9 @@ def load(yaml_file: str | Path | None = None, overrides: typing.Sequence[str] = 
             raise ConfigError(f"{path} is not valid YAML: {error}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}")
+    # The file's options belong to the file's reward: another one, named on the command line, starts without.
+    if any(o.startswith("reward=") and o != f"reward={tree.get('reward')}" for o in overrides):
+        tree.pop("reward_options", None)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
