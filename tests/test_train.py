@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 URLVR = str(Path(sys.executable).parent / "urlvr")
 SMALL = [
+    "reward_options={}",  # plain majority voting
     "trainer.prompts_per_step=8",
     "rollout.group_size=4",
     "eval.prompts=16",
