@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from urlvr_fast.errors import ExplainedError
+
+TRAINING_PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "yaml", "rich", "datasets", "pyarrow")  # of the extra `train`
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
@@ -20,12 +23,19 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:
-        status = _expected(error)
-        if status is None:
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in TRAINING_PACKAGES:
+            raise
+        print(f"urlvr {options.command} needs {error.name}; `pip install 'urlvr_fast[train]'` adds it", file=sys.stderr)
+        return 1
+    except ExplainedError as error:
+        print(f"\nurlvr {options.command}: {error}", file=sys.stderr)
+        return error.exit_status
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"\nurlvr {options.command}: {error}", file=sys.stderr)
-        return status
+        return 1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -179,26 +189,6 @@ def _ks(text: str) -> list[int]:
     if ks[0] < 1:
         raise argparse.ArgumentTypeError("k must be at least 1")
     return ks
-
-
-def _expected(error: Exception) -> int | None:
-    """Exit status of an error whose message says all a user needs; None for a defect, which deserves its traceback."""
-    from urlvr_fast.report import ReportError
-    from urlvr_fast.rewards import RewardError
-    from urlvr_fast.tasks.prompt_set import DataError
-    from urlvr_fast.trainer.checkpoint import CheckpointError
-    from urlvr_fast.trainer.config import ConfigError
-    from urlvr_fast.trainer.logging import LogError
-    from urlvr_fast.trainer.loop import TrainingStopped
-    from urlvr_fast.trainer.rollout import RolloutError
-
-    if isinstance(error, (ConfigError, DataError, ReportError)):
-        return 2
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return 1
-    if isinstance(error, (RewardError, RolloutError, CheckpointError, LogError, TrainingStopped)):
-        return 1
-    return None
 
 
 if __name__ == "__main__":

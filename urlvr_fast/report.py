@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from urlvr_fast.errors import ExplainedError
 from urlvr_fast.trainer.logging import CONTROL_PICTURES, jsonl_lines, write_atomic
 
 MOST_RUNS = 8  # as many colours as can be told apart
@@ -32,8 +33,10 @@ COLLAPSE = 0.01  # Reward Accuracy below which the paper calls a model collapsed
 Point = tuple[int, float]
 
 
-class ReportError(RuntimeError):
+class ReportError(ExplainedError, RuntimeError):
     """A report cannot be made. The message says why."""
+
+    exit_status = 2
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:

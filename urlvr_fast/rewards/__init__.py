@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from urlvr_fast.errors import ExplainedError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 STATISTICS = frozenset({"entropy", "self_certainty", "prob_gap"})
 
 
-class RewardError(ValueError):
+class RewardError(ExplainedError, ValueError):
     """A reward that cannot be built or whose result cannot be used. The message names the function and, where known, prompt and rollout."""
 
 

@@ -35,6 +35,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
+from urlvr_fast.errors import ExplainedError
+
 # One token of LaTeX that matters for braces: a box command (a doubled backslash is a slip of escaping), an escaped character, a brace.
 BRACE_TOKEN = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])|\\.|[{}]", re.DOTALL)
 # `\boxed 5`: a number, a command or a single letter, up to white space or the end of the formula. "the \boxed notation" is none of them.
@@ -56,7 +58,7 @@ class AnswerChecker(Protocol):
         ...
 
 
-class AnswerWorkerError(RuntimeError):
+class AnswerWorkerError(ExplainedError, RuntimeError):
     """The worker processes cannot be started. The message says why and what to install."""
 
 

@@ -13,12 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from urlvr_fast.errors import ExplainedError
+
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+)?")
 
 
-class DataError(ValueError):
+class DataError(ExplainedError, ValueError):
     """Prompts that cannot be used. The message names the file and the line or row, and what would be right."""
+
+    exit_status = 2
 
 
 class Row(NamedTuple):

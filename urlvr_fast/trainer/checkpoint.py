@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from urlvr_fast.errors import ExplainedError
+
 # In a folder of their own: vLLM takes every .safetensors file beside the model's for a part of it.
 STATE_FILE = "trainer/state.json"
 OPTIMIZER_FILE = "trainer/optimizer.safetensors"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ExplainedError, RuntimeError):
     """A checkpoint that could not be written or read. The message says what is left and what to do."""
 
 

