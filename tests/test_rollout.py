@@ -49,7 +49,7 @@ def engine(request, tiny_model_dir):
     if request.param == "vllm":
         rollout = VLLMRollout(str(tiny_model_dir), dtype="float32", max_model_len=200, stop_token_ids=[EOS])
     else:
-        rollout = HFRollout(model, stop_token_ids=[EOS], batch_prompts=3)
+        rollout = HFRollout(model, dtype="float32", stop_token_ids=[EOS], batch_prompts=3)
     yield rollout, model
     rollout.close()
     rollout.close()  # twice is safe

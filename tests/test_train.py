@@ -19,7 +19,7 @@ from urlvr_fast.tasks.prompt_set import DataError
 from urlvr_fast.trainer import config as configuration
 from urlvr_fast.trainer.checkpoint import checkpoints
 from urlvr_fast.trainer.config import ConfigError
-from urlvr_fast.trainer.logging import read_jsonl
+from urlvr_fast.trainer.logging import LogError, read_jsonl
 from urlvr_fast.trainer.loop import train
 from urlvr_fast.trainer.rollout import RolloutError, Sampling
 
@@ -207,9 +207,20 @@ def test_an_existing_run_is_not_overwritten_by_accident(tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="not empty and not a run's"):
-        run(tmp_path, name="precious", overwrite=True)
-    assert (precious / "thesis.txt").exists()
+    for _ in range(2):  # the second time with a config.yaml of somebody's, which does not make it a run
+        with pytest.raises(ConfigError, match=r"holds .*which is not a run's"):
+            run(tmp_path, name="precious", overwrite=True)
+        assert (precious / "thesis.txt").exists()
+        (precious / "config.yaml").write_text("mine: true")
+    (run_dir / "notes.txt").write_text("kept")
+    with pytest.raises(ConfigError, match=r"notes\.txt"):
+        run(tmp_path, overwrite=True)
+    (run_dir / "notes.txt").unlink()
+    with pytest.raises(ConfigError, match="about to be deleted"):
+        run(tmp_path, f"model={checkpoints(run_dir)[-1]}", overwrite=True)
+    with pytest.raises(LogError, match="pip install wandb"):
+        run(tmp_path, "log.wandb=true", overwrite=True)
+    assert steps(run_dir) == [0, 1, 2]  # a request that cannot be met deletes nothing
     with pytest.raises(ConfigError, match="no run in"):
         run(tmp_path, name="nowhere", resume=True)
 
@@ -259,7 +270,30 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path):
         assert not (tmp_path / "run").exists()
     result = urlvr("train", "data=nothing.jsonl", f"run_dir={tmp_path / 'run'}", "rollout.engine=hf")
     assert result.returncode == 2
+    assert "nothing.jsonl" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_eval_of_the_bundled_model_needs_nothing_but_its_name(tmp_path):
+    out = tmp_path / "figures.json"
+    result = urlvr("eval", "bundled", "--limit", "32", "--k", "2", "--json", out, "--set", "rollout.engine=hf", "rollout.max_tokens=12")
+    assert result.returncode == 0, result.stderr
+    assert 0.5 < json.loads(out.read_text())["greedy_accuracy"] < 0.95
+
+
+def test_a_log_prob_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
+    from urlvr_fast.trainer.rollout.hf import HFRollout
+
+    generate = HFRollout.generate
+
+    def spoilt(self, prompts, sampling, seed):
+        completions = generate(self, prompts, sampling, seed)
+        completions[0][0].logp[0] = float("nan")
+        return completions
+
+    monkeypatch.setattr(HFRollout, "generate", spoilt)
+    with pytest.raises(RolloutError, match="differs by nan"):
+        run(tmp_path, "eval.prompts=0")
 
 
 def test_prompts_longer_than_the_context(tmp_path):

@@ -68,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
         "model", metavar="RUN_OR_MODEL", help="a run directory (its newest checkpoint), a model directory, a hub id, or `bundled`"
     )
     evaluate.add_argument("--data", help="prompts with answers, as for `urlvr train`; a run's own evaluation prompts when left out")
-    evaluate.add_argument("--split", default="test", help="split of the data (default: %(default)s)")
-    evaluate.add_argument("--limit", type=int, help="only the first so many prompts")
+    evaluate.add_argument("--split", help="split of the data (default: eval.split, which is test)")
+    evaluate.add_argument("--limit", type=_count, help="only the first so many prompts")
     evaluate.add_argument("--k", type=_ks, default=[1, 8], metavar="1,8,32", help="the ks; max(k) completions are sampled (default: 1,8)")
     evaluate.add_argument("--set", nargs="*", default=[], metavar="a.b=c", help="options of `urlvr train`, such as eval.temperature=0.6")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -119,8 +119,11 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from urlvr_fast.trainer.config import ConfigError
     from urlvr_fast.trainer.evaluate import evaluate_model
 
+    if options.json and not options.json.parent.is_dir():
+        raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}")
     figures = evaluate_model(
         options.model, data=options.data, split=options.split, limit=options.limit, ks=options.k, overrides=options.set
     )
@@ -179,6 +182,12 @@ def _split(words: list[str]) -> tuple[str | None, list[str]]:
     if len(files) > 1:
         raise ConfigError(f"one configuration file at most, not {len(files)}: {', '.join(files)}")
     return (files[0] if files else None), [word for word in words if "=" in word]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _ks(text: str) -> list[int]:

@@ -69,8 +69,8 @@ class RewardAlarm:
     def _sentence(self, kind: str) -> str:
         if kind == "nothing parses":
             return (
-                f"no answer could be extracted from any of the {self.rollouts} rollouts so far, so there is nothing to vote on and nothing "
-                "to learn. Check that the prompt asks for the form that the checker reads (prompts.suffix, such as an instruction to put "
+                f"no answer could be extracted from any of the {self.rollouts} rollouts so far, so there is nothing to vote on. "
+                "Check that the prompt asks for the form that the checker reads (prompts.suffix, such as an instruction to put "
                 "the answer in \\boxed{}; answers.kind) and that responses are not cut off (rollout.max_tokens). The last response seen "
                 "ends "
                 f"{self.example[-120:]!r}"

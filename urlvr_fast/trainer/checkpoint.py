@@ -45,7 +45,8 @@ def save_checkpoint(run_dir: Path, step: int, model: Any, tokenizer: Any, optimi
     target = parent / f"step-{step:06d}"
     temporary = parent / f".writing-step-{step:06d}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in parent.glob(".writing-*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         (temporary / "trainer").mkdir(parents=True)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -57,9 +57,7 @@ class RolloutConfig:
     engine: str = option("vllm", "`vllm`, or `hf` (transformers with a KV cache: slower, for where vLLM cannot be installed).")
     group_size: int = option(8, "Rollouts per prompt (the paper's N).")
     temperature: float = option(1.0, "Sampling temperature; the losses use the same.")
-    top_p: float = option(1.0, "Nucleus sampling. Training needs 1: the log-probs of a truncated distribution are not the model's.")
-    top_k: int = option(0, "Keep only the k likeliest tokens; 0 is off. Training needs 0, for the same reason.")
-    max_tokens: int = option(1024, "Longest response, in tokens.")
+    max_tokens: int = option(512, "Longest response, in tokens.")
     stop_token_ids: list[int] = option([], "End-of-sequence ids. Empty: the model's own.")
     logp_gap_limit: float | None = option(
         None,
@@ -113,6 +111,7 @@ class TrainerConfig:
 class EvalConfig:
     prompts: int = option(256, "Fixed prompts to evaluate on.")
     data: str | None = option(None, "Their data set. Unset: a procedural task's held-out split, otherwise the training prompts themselves.")
+    split: str = option("test", "Split of eval.data, and of a procedural task.")
     samplings: int = option(3, "Samplings averaged before and after training; the evaluations in between use one.")
     group_size: int = option(8, "Rollouts per prompt in each sampling: the k of avg@k, pass@k and maj@k.")
     temperature: float = option(1.0, "Sampling temperature of the evaluation (the paper: 0.6).")
@@ -162,10 +161,25 @@ CHOICES = {
 MINIMUM = {
     "rollout.group_size": 1,
     "rollout.max_tokens": 1,
+    "rollout.max_sequences": 1,
+    "rollout.batch_prompts": 1,
+    "prompts.max_tokens": 1,
+    "answers.timeout_s": 0.1,
     "trainer.steps": 0,
     "trainer.prompts_per_step": 1,
     "trainer.micro_batch_tokens": 1,
-    "trainer.stop_after": 0,
+    "trainer.stop_after": 1,
+    "trainer.lr": 0,
+    "trainer.warmup_steps": 0,
+    "trainer.weight_decay": 0,
+    "trainer.chunk_bytes": 1,
+    "trainer.threads": 1,
+    "trainer.eval_every": 0,
+    "trainer.save_every": 0,
+    "trainer.keep_checkpoints": 0,
+    "trainer.samples_every": 0,
+    "trainer.samples_prompts": 0,
+    "trainer.max_bad_steps": 1,
     "eval.prompts": 0,
     "eval.samplings": 1,
     "eval.group_size": 1,
@@ -219,11 +233,10 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key}={values[key]!r} must be at least {minimum}")
     if config.rollout.temperature <= 0:
         raise ConfigError("rollout.temperature must be above 0: greedy rollouts of one prompt are all alike and carry no signal")
-    if config.rollout.top_p != 1.0 or config.rollout.top_k != 0:
-        raise ConfigError(
-            "training needs rollout.top_p=1 and rollout.top_k=0: a truncated sampling distribution has other log-probs than the model "
-            "that is trained (use eval.top_p for evaluation)"
-        )
+    if config.eval.temperature <= 0 or not 0 < config.eval.top_p <= 1:
+        raise ConfigError("eval.temperature must be above 0 and eval.top_p in (0, 1]; greedy accuracy is measured in any case")
+    if not 0 < config.rollout.gpu_memory <= 1 or config.rollout.kv_cache_gib <= 0 or config.trainer.grad_clip <= 0:
+        raise ConfigError("rollout.gpu_memory must be in (0, 1], rollout.kv_cache_gib and trainer.grad_clip above 0")
     if config.trainer.device == "auto" or config.trainer.device.split(":")[0] in ("cpu", "cuda"):
         return
     raise ConfigError(f"trainer.device={config.trainer.device!r}: valid are auto, cpu, cuda, cuda:N")

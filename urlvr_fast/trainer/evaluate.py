@@ -15,8 +15,8 @@ from urlvr_fast.tasks.prompt_set import PromptSet
 from urlvr_fast.trainer import config as configuration
 from urlvr_fast.trainer.batch import RolloutBatch, build_batch
 from urlvr_fast.trainer.checkpoint import checkpoints
-from urlvr_fast.trainer.config import ConfigError
-from urlvr_fast.trainer.data import load_encoded
+from urlvr_fast.trainer.config import ConfigError, EvalConfig
+from urlvr_fast.trainer.data import EVALUATION_DRAW, load_encoded, load_evaluation
 from urlvr_fast.trainer.model import build_rollout, check_engine, load_model, resolve_model
 from urlvr_fast.trainer.prompts import EncodedPrompts
 from urlvr_fast.trainer.rollout import Rollout, Sampling, mixed_seed
@@ -79,7 +79,9 @@ def evaluate(
     if greedy and prompt_set.answers:
         once = Sampling(n=1, temperature=0.0, max_tokens=sampling.max_tokens)
         batch = sample_batch(rollout, prompt_set, encoded, positions, once, seed, decode)
-        result["greedy_accuracy"] = correct(batch, prompt_set.answers, prompt_set.checker).nanmean().item()
+        truth = correct(batch, prompt_set.answers, prompt_set.checker)
+        if not truth.isnan().all():  # some of the prompts may have an answer, and none of those that fit the context
+            result["greedy_accuracy"] = truth.nanmean().item()
     return result
 
 
@@ -104,7 +106,7 @@ def _accuracy_at_k(batch: RolloutBatch, classes: Sequence[int], prompt_set: Prom
 
 
 def evaluate_model(
-    name: str, *, data: str | None, split: str, limit: int | None, ks: Sequence[int], overrides: Sequence[str] = ()
+    name: str, *, data: str | None, split: str | None, limit: int | None, ks: Sequence[int], overrides: Sequence[str] = ()
 ) -> dict[str, float]:
     """What `urlvr eval` prints: `evaluate` for a run (its newest checkpoint), a model directory, a hub id, or `bundled`.
 
@@ -121,13 +123,14 @@ def evaluate_model(
         source = str(found[-1])
     else:
         source = resolve_model(name)
-    if data is not None:
-        config.data, config.eval.data = data, None
-    config.prompts.split = split
-    config.prompts.limit = limit or (config.eval.prompts if data is None else None)
     check_engine(config)
     loaded = load_model(config, source)
-    prompts, encoded = load_encoded(config, loaded, config.eval.data or config.data, split, config.prompts.limit)
+    if data is not None:
+        prompts, encoded = load_encoded(config, loaded, data, split or config.eval.split, limit, EVALUATION_DRAW)
+    else:
+        config.eval.prompts = limit or config.eval.prompts or EvalConfig().prompts
+        config.eval.split = split or config.eval.split
+        prompts, encoded = load_evaluation(config, loaded)
     rollout = build_rollout(config, loaded, max(map(len, encoded.token_ids)) + config.rollout.max_tokens)
     try:
         sampling = Sampling(max(ks), config.eval.temperature, config.rollout.max_tokens, config.eval.top_p)

@@ -62,7 +62,7 @@ def find_head(model: Any) -> Head:
 
 
 class Learner:
-    """model: a causal LM with fp32 parameters on its device. total_steps: length of the learning-rate schedule."""
+    """model: a causal LM with fp32 parameters on its device. dtype: "float32" or "bfloat16", of the products."""
 
     def __init__(self, model: Any, *, trainer: TrainerConfig, loss: LossConfig, dtype: str, max_response_tokens: int) -> None:
         self.model = model
@@ -169,7 +169,7 @@ class Learner:
             return
         stats = self.score(batch, ("logp", "entropy"), rows)
         totals.entropy_sum += float(stats["entropy"][wanted].sum())
-        totals.gap = max(totals.gap, float((stats["logp"] - batch.sampled_logp)[wanted].abs().max()))
+        totals.gap = larger(totals.gap, float((stats["logp"] - batch.sampled_logp)[wanted].abs().max()))
 
     def _loss_options(self, tokens: int, sequences: int) -> dict[str, Any]:
         loss = self._loss
@@ -242,8 +242,13 @@ class _Totals:
             for name in ("clip_frac_low", "clip_frac_high"):
                 totals[name] += float(metrics[name]) * count / tokens
             self.entropy_sum += float(metrics["entropy"]) * count
-            self.gap = max(self.gap, float(metrics["rollout_gap_max"]))
+            self.gap = larger(self.gap, float(metrics["rollout_gap_max"]))
         return totals | {"entropy_sum": self.entropy_sum, "logp_gap_max": self.gap}
+
+
+def larger(a: float, b: float) -> float:
+    """The larger of two, and NaN when either is: Python's max would let a NaN pass for a small number."""
+    return b if not b <= a else a
 
 
 def learning_rate(step: int, trainer: TrainerConfig) -> float:

@@ -247,7 +247,7 @@ class RunLog:
         resume_step: int | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
-        self._sinks = _sink_modules(tensorboard, wandb)  # first: nothing is written when a package is missing
+        self._sinks = sink_modules(tensorboard, wandb)  # first: nothing is written when a package is missing
         self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics_path, samples_path = self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"
         if resume_step is None and metrics_path.exists() and metrics_path.stat().st_size:
@@ -399,7 +399,7 @@ class _WandB:
         self._run.finish(exit_code=int(failed))
 
 
-def _sink_modules(tensorboard: bool, wandb: bool) -> list[type[_TensorBoard] | type[_WandB]]:
+def sink_modules(tensorboard: bool, wandb: bool) -> list[type[_TensorBoard] | type[_WandB]]:
     sinks: list[type[_TensorBoard] | type[_WandB]] = []
     if tensorboard:
         try:

@@ -17,6 +17,7 @@ metrics (which may see answers). Run it with `urlvr train configs/quickstart.yam
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -35,20 +36,20 @@ from urlvr_fast.errors import ExplainedError
 from urlvr_fast.monitor.alignment import alignment_metrics
 from urlvr_fast.monitor.hacking import RewardAlarm
 from urlvr_fast.ops import group_advantages
-from urlvr_fast.report import write_report
+from urlvr_fast.report import ReportError, write_report
 from urlvr_fast.rewards import Reward
 from urlvr_fast.rewards.ensemble import Votes, vote
 from urlvr_fast.rewards.external import correct
 from urlvr_fast.rewards.registry import build_reward, call_reward, reward_needs
-from urlvr_fast.tasks.prompt_set import PROCEDURAL_TASKS, PromptSet
+from urlvr_fast.tasks.prompt_set import PromptSet
 from urlvr_fast.trainer import run_dir
 from urlvr_fast.trainer.batch import RolloutBatch
 from urlvr_fast.trainer.checkpoint import load_optimizer, save_checkpoint
 from urlvr_fast.trainer.config import Config
-from urlvr_fast.trainer.data import load_encoded
+from urlvr_fast.trainer.data import load_encoded, load_evaluation
 from urlvr_fast.trainer.evaluate import EVAL_SEED, evaluate, sample_batch
-from urlvr_fast.trainer.learner import Learner
-from urlvr_fast.trainer.logging import RunLog, read_jsonl
+from urlvr_fast.trainer.learner import Learner, larger
+from urlvr_fast.trainer.logging import RunLog, read_jsonl, sink_modules
 from urlvr_fast.trainer.model import LoadedModel, build_rollout, check_engine, load_model, resolve_model
 from urlvr_fast.trainer.policy import Policy
 from urlvr_fast.trainer.prompts import EncodedPrompts
@@ -79,86 +80,89 @@ class Run:
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> str:
     """Train into `config.run_dir` as `config` says. Returns how it ended: "finished", "stopped" (trainer.stop_after) or "interrupted".
 
-    Raises ConfigError (options, data or model), RewardError, RolloutError (no engine, or a log-prob gap), CheckpointError, TrainingStopped.
-    Whatever ends a run, run.json says so and the last complete checkpoint stays.
+    Raises ConfigError (options or model), DataError, RewardError, RolloutError (no engine, or a log-prob gap), CheckpointError,
+    TrainingStopped. Whatever ends a run, run.json says so and the last complete checkpoint stays.
     """
-    # What can be wrong with a request is found out before anything is written or a GPU is touched.
+    # Whatever can be wrong is found out before anything is written, and before an old run is deleted.
     check_engine(config)
     checkpoint = run_dir.check(config, resume=resume, overwrite=overwrite)
-    source = resolve_model(config.model)
-    loaded = load_model(config, str(checkpoint) if checkpoint else source)
-    prompts, encoded, eval_prompts, eval_encoded = load_data(config, loaded)
+    sink_modules(config.log.tensorboard, config.log.wandb)
+    loaded = load_model(config, str(checkpoint) if checkpoint else resolve_model(config.model))
+    prompts, encoded = load_encoded(config, loaded, config.data, config.prompts.split, config.prompts.limit, config.seed)
+    eval_prompts, eval_encoded = load_evaluation(config, loaded, (prompts, encoded))
     reward = build_reward(config.reward, checker=prompts.checker, answers=prompts.answers, options=config.reward_options)
-
-    path = run_dir.create(config, resume=resume)
     learner = Learner(
         loaded.model, trainer=config.trainer, loss=config.loss, dtype=loaded.dtype, max_response_tokens=config.rollout.max_tokens
     )
     done = load_optimizer(checkpoint, loaded.model, learner.optimizer) if checkpoint else 0
-    with (
-        report_at_the_end(path),
-        RunLog(
-            path,
-            total_steps=config.trainer.steps,
-            tensorboard=config.log.tensorboard,
-            wandb=config.log.wandb,
-            live=config.log.live,
-            resume_step=done if resume else None,
-        ) as log,
-    ):
-        for skipped, what in ((encoded.skipped, config.data), (eval_encoded.skipped, "the evaluation prompts")):
-            if skipped:
-                log.warn(done, f"{skipped} prompts of {what} are longer than the context allows and were skipped")
-        longest = max(map(len, encoded.token_ids + eval_encoded.token_ids), default=1)
-        rollout = build_rollout(config, loaded, longest + config.rollout.max_tokens)
-        try:
-            rollout.sync(learner.weights())
-            alarm = RewardAlarm()
-            run = Run(config, loaded, prompts, encoded, eval_prompts, eval_encoded, reward, rollout, learner, log, alarm)
+    longest = max(map(len, encoded.token_ids + eval_encoded.token_ids))
+    rollout = build_rollout(config, loaded, longest + config.rollout.max_tokens)
+    try:
+        rollout.sync(learner.weights())
+        path = run_dir.create(config, resume=resume)
+        with (
+            report_at_the_end(path),
+            RunLog(
+                path,
+                total_steps=config.trainer.steps,
+                tensorboard=config.log.tensorboard,
+                wandb=config.log.wandb,
+                live=config.log.live,
+                resume_step=done if resume else None,
+            ) as log,
+        ):
+            run = Run(config, loaded, prompts, encoded, eval_prompts, eval_encoded, reward, rollout, learner, log, RewardAlarm())
             return run_steps(run, done)
-        finally:
-            rollout.close()
+    finally:
+        rollout.close()
 
 
 def run_steps(run: Run, done: int) -> str:
     """Steps `done` + 1 … trainer.steps, with evaluations, checkpoints and an orderly end. Returns the status."""
     config, log = run.config, run.log
-    if done == 0:
-        log.metrics(0, evaluation(run, config.eval.samplings))
-    started, step, bad_steps, status, reason = time.perf_counter(), done, 0, "finished", f"all {config.trainer.steps} steps were made"
-    saved = done
+    step, saved, bad_steps = done, done, 0
+    started = time.perf_counter()
     with interrupts() as interrupted:
-        while step < config.trainer.steps:
+        if done == 0:
+            warn_of_skipped(run)
+            log.metrics(0, evaluation(run, config.eval.samplings))
+            saved = -1
+        while step < config.trainer.steps and step != config.trainer.stop_after and not interrupted:
             step += 1
             metrics = training_step(run, step)
-            bad_steps = bad_steps + 1 if metrics["skipped"] else 0
-            last = step == config.trainer.steps
-            if not last and config.trainer.eval_every and step % config.trainer.eval_every == 0:
-                metrics |= evaluation(run, 1)
-            if last:
-                training_s = time.perf_counter() - started
+            if step == config.trainer.steps:
                 metrics |= evaluation(run, config.eval.samplings)
+            elif config.trainer.eval_every and step % config.trainer.eval_every == 0:
+                metrics |= evaluation(run, 1)
             log.metrics(step, metrics)
+            bad_steps = bad_steps + 1 if metrics["skipped"] else 0
             if bad_steps >= config.trainer.max_bad_steps:
                 raise TrainingStopped(f"the gradient was not finite in {bad_steps} steps running, the last of them step {step}")
-            if interrupted:
-                status, reason = "interrupted", f"interrupted by {interrupted[0]} after step {step}; --resume goes on from here"
-            elif step == config.trainer.stop_after and not last:
-                status, reason = "stopped", f"trainer.stop_after={step}; --resume goes on from here"
-            if last or status != "finished" or (config.trainer.save_every and step % config.trainer.save_every == 0):
+            if config.trainer.save_every and step % config.trainer.save_every == 0:
                 save(run, step)
                 saved = step
-            if status != "finished":
-                break
-        else:
-            if saved == 0:  # trainer.steps=0: the model as it came
-                save(run, 0)
+        if saved != step:
+            save(run, step)
     for message in run.alarm.final():
         log.warn(step, message)
-    timing = {"training_s": training_s} if status == "finished" and step > done else {"training_s": time.perf_counter() - started}
-    log.summary({"before_after": before_after(log), "timing": timing})
+    if step == config.trainer.steps:
+        status, reason = "finished", f"all {step} steps were made"
+    elif interrupted:
+        status, reason = "interrupted", f"{interrupted[0]} after step {step}; --resume goes on from here"
+    else:
+        status, reason = "stopped", f"trainer.stop_after={step}; --resume goes on from here"
+    log.summary({"before_after": before_after(log), "timing": {"training_s": time.perf_counter() - started}})
     log.status(status, reason)
     return status
+
+
+def warn_of_skipped(run: Run) -> None:
+    what = [(run.encoded.skipped, "training")]
+    if run.eval_prompts is not run.prompts:
+        what.append((run.eval_encoded.skipped, "evaluation"))
+    for skipped, name in what:
+        if skipped:
+            run.log.warn(0, f"{skipped} prompts of the {name} data are longer than the context allows and were skipped")
 
 
 def training_step(run: Run, step: int) -> dict[str, float]:
@@ -177,7 +181,7 @@ def training_step(run: Run, step: int) -> dict[str, float]:
         rewards, batch.group_ids, scale=config.loss.advantage_scale, baseline=config.loss.baseline, mask=batch.train_mask
     )
     metrics = learner.accumulate(batch, advantages)
-    metrics["logp_gap_max"] = max(gap, metrics["logp_gap_max"])
+    metrics["logp_gap_max"] = larger(gap, metrics["logp_gap_max"])
     check_gap(run, step, metrics["logp_gap_max"])
     metrics |= learner.update(step)
     clock.append(time.perf_counter())
@@ -205,15 +209,6 @@ def training_step(run: Run, step: int) -> dict[str, float]:
     if step == 1 or step == config.trainer.steps or (config.trainer.samples_every and step % config.trainer.samples_every == 0):
         run.log.samples(step, sample_rows(run, batch, votes, rewards, advantages))
     return metrics
-
-
-def load_data(config: Config, loaded: LoadedModel) -> tuple[PromptSet, EncodedPrompts, PromptSet, EncodedPrompts]:
-    """Training prompts and evaluation prompts, with their token ids. Without eval.data, a procedural task is evaluated on its held-out
-    split and a file on its own first prompts."""
-    prompts, encoded = load_encoded(config, loaded, config.data, config.prompts.split, config.prompts.limit)
-    if config.eval.prompts and (config.eval.data or config.data in PROCEDURAL_TASKS):
-        return prompts, encoded, *load_encoded(config, loaded, config.eval.data or config.data, "test", config.eval.prompts)
-    return prompts, encoded, prompts, encoded.select(range(min(config.eval.prompts, len(encoded))))
 
 
 def positions(run: Run, step: int) -> list[int]:
@@ -293,7 +288,7 @@ def save(run: Run, step: int) -> None:
 
 
 def before_after(log: RunLog) -> list[dict[str, object]]:
-    """Rows of the table that ends a run: each evaluation metric at step 0 and at the last evaluation of the same kind."""
+    """Rows of the table that ends a run: each evaluation metric at step 0 and at the last evaluation."""
     lines = [line for line in read_jsonl(log.run_dir / "metrics.jsonl") if any(key.startswith("eval/") for key in line)]
     if len(lines) < 2 or lines[0]["step"] != 0:
         return []
@@ -333,7 +328,7 @@ def report_at_the_end(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(OSError):
+        with suppress(OSError, ReportError):
             write_report([path])
         raise
     write_report([path])
@@ -348,7 +343,8 @@ def interrupts() -> Iterator[list[str]]:
         if received:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
-        print(f"\n{received[0]}: finishing this step and writing a checkpoint; once more ends at once", flush=True)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{received[0]}: finishing this step and writing a checkpoint; once more ends at once\n".encode())
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, note) for number in numbers}

@@ -68,13 +68,13 @@ def load_model(config: Config, source: str) -> LoadedModel:
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """End-of-sequence ids: the generation config's (which may be several), else the tokenizer's. A pad token is never needed: padding is
-    masked by position."""
+    """End-of-sequence ids: the generation config's and the tokenizer's, which in chat models may differ. A pad token is never needed:
+    padding is masked by position."""
     generation = getattr(model.generation_config, "eos_token_id", None) if model.generation_config else None
-    found = generation if generation is not None else tokenizer.eos_token_id
-    if found is None:
-        return []
-    return [found] if isinstance(found, int) else list(found)
+    found = [generation] if isinstance(generation, int) else list(generation or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
+        found.append(tokenizer.eos_token_id)
+    return found
 
 
 def pick_device(device: str) -> str:
@@ -96,7 +96,7 @@ def build_rollout(config: Config, loaded: LoadedModel, max_model_len: int) -> Ro
     if config.rollout.engine == "hf":
         from urlvr_fast.trainer.rollout.hf import HFRollout
 
-        return HFRollout(loaded.model, stop_token_ids=loaded.stop_token_ids, batch_prompts=config.rollout.batch_prompts)
+        return HFRollout(loaded.model, dtype=loaded.dtype, stop_token_ids=loaded.stop_token_ids, batch_prompts=config.rollout.batch_prompts)
     return VLLMRollout(
         loaded.source,
         dtype=loaded.dtype,

@@ -10,29 +10,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from urlvr_fast.ops import token_stats
 from urlvr_fast.trainer.rollout import Completion, Sampling, seeded
 
 
 class HFRollout:
-    """model: the trainer's causal LM. stop_token_ids: what ends a completion. batch_prompts: prompts generated at once."""
+    """model: the trainer's causal LM. dtype: "float32" or "bfloat16", of the products, as in the trainer. stop_token_ids: what ends a
+    completion. batch_prompts: prompts generated at once."""
 
-    def __init__(self, model: Any, *, stop_token_ids: list[int], batch_prompts: int = 64) -> None:
+    def __init__(self, model: Any, *, dtype: str, stop_token_ids: list[int], batch_prompts: int = 64) -> None:
         self._model = model
+        self._autocast = dtype == "bfloat16"
         self._stop_token_ids = stop_token_ids
         self._batch_prompts = batch_prompts
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
-        was_training = self._model.training
+        # The model's own generation defaults (min_p, suppressed tokens …) must not shape the distribution.
+        was_training, own_defaults = self._model.training, self._model.generation_config
         self._model.eval()
+        self._model.generation_config = GenerationConfig()
         completions = []
-        with seeded(seed):
-            for start in range(0, len(prompts), self._batch_prompts):
-                completions += self._generate_batch(prompts[start : start + self._batch_prompts], sampling)
-        self._model.train(was_training)
+        try:
+            with seeded(seed), torch.autocast(self._model.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+                for start in range(0, len(prompts), self._batch_prompts):
+                    completions += self._generate_batch(prompts[start : start + self._batch_prompts], sampling)
+        finally:
+            self._model.generation_config = own_defaults
+            self._model.train(was_training)
         return completions
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -56,8 +63,7 @@ class HFRollout:
             max_new_tokens=sampling.max_tokens,
             num_return_sequences=1 if greedy else sampling.n,
             do_sample=not greedy,
-            # The model's own generation defaults must not shape the distribution: `processors` says all there is to say.
-            temperature=1.0,
+            temperature=1.0,  # `processors` says all there is to say
             top_p=1.0,
             top_k=0,
             repetition_penalty=1.0,

@@ -61,6 +61,7 @@ class VLLMRollout:
         self._stop_token_ids = stop_token_ids
         self._llm: Any = LLM(
             model=model,
+            generation_config="vllm",  # none of the model's own sampling defaults or stop tokens: `generate` says all there is to say
             skip_tokenizer_init=True,  # prompts and completions are token ids
             dtype=dtype,
             enforce_eager=not on_gpu,
