@@ -48,6 +48,11 @@ if [ -x $VENV/bin/urlvr ] && [ "$(cat $STAMP 2>/dev/null)" = "$want" ]; then
     say "$VENV is up to date"; exit 0
 fi
 
+# Another interpreter, or a checkout that was moved: scripts in .venv name its old path.
+if [ -d $VENV ] && { [ "$($VENV/bin/python -V 2>&1)" != "$($python -V 2>&1)" ] || ! grep -qF "$(pwd)/$VENV/" $VENV/bin/pip; }; then
+    say "$VENV is of another Python or another place: making it anew"
+    rm -rf $VENV
+fi
 if [ ! -x $VENV/bin/python ]; then
     say "making $VENV with $($python -V)"
     $python -m venv $VENV

@@ -17,8 +17,10 @@ import pytest
 import torch
 import yaml
 
+from urlvr_fast.trainer import live_view as live_view_module
 from urlvr_fast.trainer import logging
-from urlvr_fast.trainer.logging import LogError, RunLog, encode_json, jsonl_lines, read_jsonl, sparkline
+from urlvr_fast.trainer.live_view import sparkline
+from urlvr_fast.trainer.logging import LogError, RunLog, encode_json, jsonl_lines, read_jsonl
 
 
 def start(run_dir: Path, **options: object) -> RunLog:
@@ -262,11 +264,11 @@ def test_plain_lines_without_control_characters(tmp_path: Path, capsys: pytest.C
     assert said.splitlines()[-1] == "finished"
 
 
-def live_view(width: int = 100, total_steps: int = 40) -> tuple[logging._LiveView, io.StringIO]:
+def live_view(width: int = 100, total_steps: int = 40) -> tuple[live_view_module.LiveView, io.StringIO]:
     console = pytest.importorskip("rich.console")
     screen = io.StringIO()
     terminal = console.Console(file=screen, force_terminal=True, width=width, color_system=None)
-    return logging._LiveView(title="run", reward="majority_voting", total_steps=total_steps, first_step=0, console=terminal), screen
+    return live_view_module.LiveView(title="run", reward="majority_voting", total_steps=total_steps, first_step=0, console=terminal), screen
 
 
 def test_the_live_view_says_what_it_should() -> None:
@@ -311,16 +313,16 @@ def test_steps_redraw_at_most_four_times_a_second(monkeypatch: pytest.MonkeyPatc
 
 def test_auto_draws_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
-    assert logging._view("auto") is logging._PlainView
-    assert logging._view("on") is logging._LiveView
+    assert live_view_module.view_class("auto") is live_view_module.PlainView
+    assert live_view_module.view_class("on") is live_view_module.LiveView
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert logging._view("auto") is logging._LiveView
-    assert logging._view("off") is logging._PlainView
+    assert live_view_module.view_class("auto") is live_view_module.LiveView
+    assert live_view_module.view_class("off") is live_view_module.PlainView
     monkeypatch.setenv("TERM", "dumb")
-    assert logging._view("auto") is logging._PlainView
+    assert live_view_module.view_class("auto") is live_view_module.PlainView
     with pytest.raises(ValueError, match="auto, on, off"):
-        logging._view("yes")
+        live_view_module.view_class("yes")
 
 
 def test_sparkline() -> None:

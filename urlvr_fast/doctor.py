@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from urlvr_fast.trainer.logging import CONTROL_PICTURES, cpu_name, versions
+from urlvr_fast.trainer.live_view import CONTROL_PICTURES
+from urlvr_fast.trainer.logging import cpu_name, versions
 from urlvr_fast.trainer.rollout.vllm import OLDEST
 
 # Imported by transformers when they are installed, needed nowhere here. Built for one torch, they fail to load beside another.

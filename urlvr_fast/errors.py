@@ -7,3 +7,7 @@ class ExplainedError(Exception):
     """Its message says what went wrong and what to do. `exit_status` is 2 for a request that cannot be met, 1 for one that failed."""
 
     exit_status = 1
+
+
+class LogError(ExplainedError, RuntimeError):
+    """The log cannot be kept as asked. The message says what to do."""

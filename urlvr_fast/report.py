@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from urlvr_fast.errors import ExplainedError
-from urlvr_fast.trainer.logging import CONTROL_PICTURES, jsonl_lines, write_atomic
+from urlvr_fast.trainer.live_view import CONTROL_PICTURES
+from urlvr_fast.trainer.logging import jsonl_lines, write_atomic
 
 MOST_RUNS = 8  # as many colours as can be told apart
 MOST_POINTS = 1200  # drawn per line; of more, the lowest and highest of each stretch are kept
