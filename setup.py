@@ -1,9 +1,68 @@
-"""Where the packages are: `kernels/` stands beside `urlvr_fast/` in the checkout and installs as `urlvr_fast.kernels`."""
+"""Where the packages are, and the compiled kernels.
+
+`kernels/` stands beside `urlvr_fast/` in the checkout and installs as `urlvr_fast.kernels`. `csrc/` becomes one plain shared library,
+`urlvr_fast/_C.abi3.so`, which knows nothing of Python and uses torch's stable ABI: one build serves torch 2.11 and newer. It is made
+where there is a C++ compiler, with its CUDA part where there are nvcc and a CUDA torch as well. Without a compiler the installation goes
+on without it, and `urlvr doctor` says what is missing. URLVR_FAST_BUILD=0 leaves it out.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+CXX = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+NVCC = [
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-DUSE_CUDA",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_90,code=compute_90",
+]
+
+
+def compiled_kernels() -> dict:
+    """Arguments of setup() that build csrc."""
+    if os.environ.get("URLVR_FAST_BUILD") == "0":
+        return {}
+    compiler = os.environ.get("CXX", "c++")
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        return skip("torch is not installed in the environment that builds; use pip install --no-build-isolation")
+    if shutil.which(compiler.split()[0]) is None:
+        return skip(f"there is no C++ compiler ({compiler})")
+    root = Path(__file__).parent
+    sources = [str(path.relative_to(root)) for folder in ("csrc", "csrc/cpu") for path in sorted((root / folder).glob("*.cpp"))]
+    make, flags = cpp_extension.CppExtension, {"cxx": CXX}
+    if cpp_extension.CUDA_HOME is not None and cuda_torch():
+        sources += [str(path.relative_to(root)) for path in sorted((root / "csrc/cuda").glob("*.c*"))]
+        make, flags = cpp_extension.CUDAExtension, {"cxx": CXX, "nvcc": NVCC}
+    return {
+        "ext_modules": [make("urlvr_fast._C", sources, extra_compile_args=flags, py_limited_api=True)],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def cuda_torch() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
+
+
+def skip(reason: str) -> dict:
+    print(f"urlvr_fast: building without the compiled kernels: {reason}", file=sys.stderr)
+    return {}
+
 
 setup(
     packages=[*find_packages(include=["urlvr_fast", "urlvr_fast.*"]), "urlvr_fast.kernels"],
     package_dir={"urlvr_fast": "urlvr_fast", "urlvr_fast.kernels": "kernels"},
     package_data={"urlvr_fast": ["py.typed", "bundled/*/*"]},
+    **compiled_kernels(),
 )

@@ -7,7 +7,8 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from urlvr_fast import TokenStats, token_stats
-from urlvr_fast.ops import reference, rows
+from urlvr_fast.ops import reference
+from urlvr_fast.ops.spec import grids
 
 ALL = TokenStats._fields
 DIFFERENTIABLE = ("logp", "lse", "entropy", "self_certainty", "mean_logit")
@@ -275,11 +276,14 @@ def test_strided_logits_of_any_leading_shape(inplace):
     torch.testing.assert_close(gradient, expected)
 
 
-def test_logits_are_not_copied_when_their_leading_dimensions_do_not_merge():
-    logits = torch.randn(3, 6, 10)[:, :-1]
-    views = [view for _, view in rows.row_views(logits)]
-    assert len(views) == 3
-    assert all(view.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() for view in views)
+@pytest.mark.parametrize("shape", [(7, 10), (3, 5, 10), (2, 3, 5, 10), (1, 4, 1, 10)])
+def test_logits_are_not_copied_whatever_their_leading_strides(shape):
+    logits = torch.randn(*(2 * size for size in shape[:-1]), shape[-1])[tuple(slice(None, None, 2) for _ in shape[:-1])]
+    pieces = list(grids(logits))
+    assert all(grid.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() for _, grid in pieces)
+    rows = [row for _, grid in pieces for row in grid.flatten(0, 1)]
+    assert torch.equal(torch.stack(rows), logits.reshape(-1, shape[-1]))
+    assert [start for start, _ in pieces] == [sum(g.shape[0] * g.shape[1] for _, g in pieces[:i]) for i in range(len(pieces))]
 
 
 def test_no_rows_and_one_column():

@@ -1,42 +1,120 @@
-"""Which implementation runs an op: the `backend=` argument first, then URLVR_FAST_BACKEND, then the best one this build has.
+"""Which kernels run an op: the `backend=` argument first, then URLVR_FAST_BACKEND, then the best that this machine has for the device.
 
 A backend that was named and cannot be had is an error, never a quiet switch to another one. `torch` is plain PyTorch and always there.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
-_MISSING = {
-    "cpp": "not in this build: it has no compiled CPU kernels",
-    "triton": "not in this build: it has no Triton kernels",
-    "cuda": "not in this build: it has no compiled CUDA kernels",
+# The choice where nobody makes one, by device, best first. CUDA C++ would stand before Triton for the ops and architectures where it was
+# measured to be faster; nothing was measured yet.
+PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}
+# What an op computes in. fp64 exists for tests of gradients: GPU kernels do not have it.
+DTYPES = {
+    "torch": (torch.float32, torch.float64),
+    "cpp": (torch.float32, torch.float64),
+    "triton": (torch.float32,),
+    "cuda": (torch.float32,),
 }
+
+
+def _load_library() -> str:
+    """Load the compiled library; "" or why it cannot be used."""
+    path = next(iter(sorted(Path(__file__).parents[1].glob("_C*.so"))), None)
+    if path is None:
+        return (
+            "not in this build: no C++ compiler or no torch was there to make it; install both, then urlvr_fast with --no-build-isolation"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"broken: {path.name} does not load ({error}); install urlvr_fast again"
+    return ""
+
+
+# Found out once, at import: torch.compile then sees constants.
+_COMPILED = _load_library()
+_TRITON = "" if importlib.util.find_spec("triton") is not None else "not installed: pip install triton"
+_CUDA_CPP = _COMPILED or (
+    "" if hasattr(torch.ops.urlvr_fast, "cuda_statistics") else "not in this build: there was no nvcc when it was made"
+)
+_MISSING = {"torch": "", "cpp": _COMPILED, "triton": _TRITON, "cuda": _CUDA_CPP}
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs its kernels on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _device_of(name: str) -> str:
+    """The type of device whose tensors a backend takes; "" for any."""
+    return {"torch": "", "cpp": "cpu", "triton": "cpu" if _interpreting() else "cuda", "cuda": "cuda"}[name]
 
 
 def available_backends() -> dict[str, str]:
     """Name -> "available", or the reason why that backend cannot be used. In order of declaration."""
-    return {name: _MISSING.get(name, "available") for name in BACKENDS}
+    no_gpu = "not usable: there is no CUDA GPU"
+    gpu = torch.cuda.is_available()
+    return {name: _MISSING[name] or ("available" if gpu or _device_of(name) != "cuda" else no_gpu) for name in BACKENDS}
 
 
-def choose_backend(backend: str | None = None) -> str:
-    """The backend that runs a call.
+def choose_backend(backend: str | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs a call on tensors of that device and dtype.
 
     Args:
-        backend: a name out of `BACKENDS`; None asks URLVR_FAST_BACKEND, and where that is unset or empty the build's best.
+        backend: a name out of `BACKENDS`; None asks URLVR_FAST_BACKEND, and where that is unset or empty `PREFERENCE`.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the backend exists, but not in this build.
+        RuntimeError: the one that was named is not in this build, or does not take tensors of that device or dtype; or nobody named one
+            and the compiled library is there and does not load.
     """
+    device = torch.device(device).type
     source = "backend="
     if backend is None:
-        backend, source = os.environ.get("URLVR_FAST_BACKEND") or "torch", "URLVR_FAST_BACKEND="
-    state = available_backends()
-    if backend not in state:
+        backend, source = os.environ.get("URLVR_FAST_BACKEND") or None, "URLVR_FAST_BACKEND="
+    if backend is None:
+        return _best(device, dtype)
+    if backend not in BACKENDS:
         raise ValueError(f"{source}{backend!r} is not a backend; the names are {', '.join(BACKENDS)}")
-    if state[backend] != "available":
-        usable = ", ".join(name for name, reason in state.items() if reason == "available")
-        raise RuntimeError(f"{source}{backend!r} is {state[backend]}. This build has: {usable}")
+    if _MISSING[backend]:
+        usable = ", ".join(name for name, reason in _MISSING.items() if not reason)
+        raise RuntimeError(f"{source}{backend!r} is {_MISSING[backend]}. This build has: {usable}")
+    if _device_of(backend) not in ("", device):
+        raise RuntimeError(f"{source}{backend!r} takes {_device_of(backend)} tensors; these are on {device}")
+    if dtype not in DTYPES[backend]:
+        raise RuntimeError(f"{source}{backend!r} does not compute in {dtype}; use backend='torch'")
     return backend
+
+
+def _best(device: str, dtype: torch.dtype) -> str:
+    for name in PREFERENCE.get(device, ("torch",)):
+        if _MISSING[name].startswith("broken"):
+            raise RuntimeError(f"backend {name!r} is {_MISSING[name]}, or set URLVR_FAST_BACKEND=torch to go on without it")
+        if not _MISSING[name] and dtype in DTYPES[name]:
+            return name
+    return "torch"
+
+
+@cache
+def kernels(name: str) -> Any:
+    """The three functions of a kernel package (see `layout.py`)."""
+    if name == "torch":
+        from urlvr_fast.ops import rows
+
+        return rows
+    if name == "triton":
+        from urlvr_fast.kernels import policy_loss_from_logits, token_stats
+
+        return SimpleNamespace(statistics=token_stats.statistics, gradient=token_stats.gradient, policy=policy_loss_from_logits.policy)
+    ops = torch.ops.urlvr_fast
+    return SimpleNamespace(**{f: getattr(ops, f"{name}_{f}").default for f in ("statistics", "gradient", "policy")})

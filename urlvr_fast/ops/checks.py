@@ -12,9 +12,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from urlvr_fast.ops.backend import choose_backend
 from urlvr_fast.ops.reference import DIFFERENTIABLE, TokenStats
-from urlvr_fast.ops.rows import Keep, RowSpec, readable
 from urlvr_fast.ops.shards import Shard
+from urlvr_fast.ops.spec import Keep, RowSpec, readable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,7 +72,7 @@ def _temperature(temperature: float | Tensor, shape: tuple[int, ...], device: to
     if temperature.dim() == 0:
         temperature = temperature.to(device).expand(shape)
     check_rows("temperature", temperature, shape, device, FLOATS)
-    flat = temperature.detach().reshape(-1).to(dtype)
+    flat = temperature.detach().reshape(-1).to(dtype).contiguous()
     wrong = ~(flat > 0) if mask is None else ~(flat > 0) & mask
     if readable(flat) and bool(wrong.any()):
         raise ValueError(f"temperature[{int(wrong.nonzero()[0])}] = {flat[wrong][0].item()} must be above 0")
@@ -123,22 +124,24 @@ def row_spec(
     entropy_support: str,
     vocab_size: int | None,
     shard_group: torch.distributed.ProcessGroup | None,
+    backend: str | None,
 ) -> tuple[RowSpec, int]:
     """Check the arguments that all ops on rows share and flatten them. Returns the spec and how many of the columns count here."""
+    backend = choose_backend(backend, device, dtype)
     shard = None if shard_group is None else Shard.of(shard_group, columns, device, vocab_size)
     if shard is None and vocab_size is not None and not 0 < vocab_size <= columns:
         raise ValueError(f"vocab_size={vocab_size} must lie in 1..{columns}, the number of columns")
     total = shard.total if shard is not None else vocab_size or columns
     if mask is not None:
         check_mask(mask, shape, device)
-        mask = mask.reshape(-1)
+        mask = mask.reshape(-1).contiguous()
     if "logp" not in names:
         ids = None
     elif ids is None:
         raise ValueError("logp needs ids")
     else:
         check_rows("ids", ids, shape, device, (torch.int64, torch.int32))
-        ids = ids.reshape(-1).long()
+        ids = ids.reshape(-1).long().contiguous()
         _check_ids(ids, mask, total)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, not {softcap}")
@@ -157,9 +160,10 @@ def row_spec(
         softcap=softcap,
         scale=float(scale),
         mask=mask,
-        keep=keep,
+        keep=None if keep is None else (keep[0].long().contiguous(), keep[1].long().contiguous()),
         entropy_on_keep=entropy_support == "keep",
         shard=shard,
+        backend=backend,
     )
     return spec, shard.size if shard is not None else total
 

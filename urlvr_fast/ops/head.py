@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
-from urlvr_fast.ops.rows import RowSpec, RowStats, Upstream, readable, row_gradient, row_statistics
+from urlvr_fast.ops.reference import accumulation_dtype
+from urlvr_fast.ops.row_ops import Upstream, gradient, statistics
+from urlvr_fast.ops.spec import RowSpec, readable
 
 SLAB_ELEMENTS = 1 << 23  # of the weight, upcast at a time: 32 MiB
 
@@ -92,8 +93,9 @@ class HeadRows:
     def logits(self, operand: Tensor) -> Tensor:
         return self.head.logits(operand)
 
-    def statistics(self, tile: Tensor, rows: slice) -> RowStats:
-        return row_statistics(tile, self.bias, self.spec.select(rows))
+    def statistics(self, tile: Tensor, rows: slice) -> Tensor:
+        """(STATS, n) packed."""
+        return statistics(tile, self.bias, tile.shape[1], self.spec.select(rows))
 
     def start_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Buffers in the accumulation dtype for what is wanted."""
@@ -103,9 +105,7 @@ class HeadRows:
         self.d_weight = make(len(self.head.weight), width, dtype=dtype) if weight else None
         self.d_bias = make(len(self.head.weight), dtype=dtype) if bias else None
 
-    def add_gradients(
-        self, tile: Tensor, operand: Tensor, rows: slice, stats: RowStats, upstream: Upstream, keep_tile: bool = False
-    ) -> None:
+    def add_gradients(self, tile: Tensor, operand: Tensor, rows: slice, stats: Tensor, upstream: Upstream, keep_tile: bool = False) -> None:
         """The gradients of a chunk, from those of its statistics. Overwrites the tile unless `keep_tile`."""
         spec, target = self.spec.select(rows), self.index[rows] if self.index is not None else None
         alive = self._alive(upstream)
@@ -113,12 +113,13 @@ class HeadRows:
             if len(alive) == 0:
                 return
             tile, operand, spec, keep_tile = tile[alive], operand[alive], spec.select(alive), False
-            values = TokenStats(*(None if value is None else value[alive] for value in stats.values))
-            stats = RowStats(values, *(value[alive] for value in stats[1:]))
+            stats = stats[:, alive]
             upstream = {name: g[alive] for name, g in upstream.items()}
             target = torch.arange(rows.start, rows.stop)[alive] if target is None else target[alive]
-        d_tile = torch.empty_like(tile) if keep_tile else tile
-        row_gradient(tile, self.bias, spec, stats, upstream, d_tile if keep_tile else None, self.d_bias)
+        bias_wanted = self.d_bias is not None
+        d_tile, d_bias = gradient(tile, self.bias, tile.shape[1], spec, stats, upstream, inplace=not keep_tile, bias_wanted=bias_wanted)
+        if self.d_bias is not None:
+            self.d_bias.add_(d_bias)
         if self.d_hidden is not None:
             d_rows = self.head.hidden_gradient(d_tile)
             if target is None:

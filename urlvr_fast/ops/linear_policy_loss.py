@@ -15,12 +15,12 @@ from torch import Tensor
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import GradientInForward
-from urlvr_fast.ops.backend import choose_backend
 from urlvr_fast.ops.head import HeadRows, bias_gradient, row_chunks, weight_gradient, without_autocast
 from urlvr_fast.ops.linear_token_stats import CHUNK_BYTES, join, spread
 from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, prepare_loss, row_gradients, unless_all
-from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
-from urlvr_fast.ops.rows import RowStats, readable
+from urlvr_fast.ops.reference import accumulation_dtype
+from urlvr_fast.ops.row_ops import unpack
+from urlvr_fast.ops.spec import readable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,7 +71,7 @@ def _run(
     total = len(loss.rows.mask)
     chunks = list(row_chunks(rows.count, rows.spec, columns, rows.head.dtype, chunk_bytes))
     rows.start_gradients(*wanted)
-    each: list[RowStats] = []
+    each: list[Tensor] = []
     retained: tuple[Tensor, Tensor] | None = None
     for chunk in chunks:
         operand = rows.operand(chunk)
@@ -82,11 +82,11 @@ def _run(
         if not loss.joined:
             which = chunk if rows.index is None else rows.index[chunk]
             part = replace(loss, rows=loss.rows.select(which))
-            rows.add_gradients(tile, operand, chunk, each[-1], row_gradients(part, each[-1].values))
+            rows.add_gradients(tile, operand, chunk, each[-1], row_gradients(part, unpack(each[-1], rows.spec.wanted)))
         elif len(chunks) == 1:
             retained = operand, tile
-    stats = join(each, rows.spec, rows.head.dtype)
-    values = TokenStats(*(None if value is None else spread(value, rows.index, total) for value in stats.values))
+    stats = join(each, rows.hidden, rows.head.dtype)
+    values = unpack(spread(stats, rows.index, total), rows.spec.wanted)
     if any(wanted) and loss.joined:
         upstream = row_gradients(loss, values)
         for chunk, part_stats in zip(chunks, each, strict=True):
@@ -143,7 +143,6 @@ def linear_policy_loss(
         As `linear_token_stats` and `policy_loss`; ValueError where `live` leaves out a row that has a gradient, or `grad_weight_out`
         does not fit.
     """
-    choose_backend(backend)
     product_dtype = checks.check_linear(hidden, weight, bias)
     checks.check_chunk_bytes(chunk_bytes)
     shape, device, dtype = tuple(hidden.shape[:-1]), hidden.device, accumulation_dtype(product_dtype)
@@ -165,6 +164,7 @@ def linear_policy_loss(
         entropy_support=entropy_support,
         vocab_size=vocab_size,
         shard_group=shard_group,
+        backend=backend,
     )
     if live is not None:
         needed = prepared.rows.live

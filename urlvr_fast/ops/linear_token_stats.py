@@ -11,31 +11,28 @@ from torch.autograd import Function
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import first_order
-from urlvr_fast.ops.backend import choose_backend
 from urlvr_fast.ops.head import HeadRows, bias_gradient, row_chunks, weight_gradient, without_autocast
+from urlvr_fast.ops.layout import STATS
 from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
-from urlvr_fast.ops.rows import RowSpec, RowStats, readable, row_statistics
+from urlvr_fast.ops.row_ops import unpack
+from urlvr_fast.ops.spec import STATISTICS, RowSpec, readable
 
 CHUNK_BYTES = 256 << 20
 SAVE_BYTES = 2 << 30
 
 
-def spread(values: Tensor, index: Tensor | None, rows: int) -> Tensor:
-    """(n,) numbers of some rows -> (N,), 0 elsewhere."""
-    return values if index is None else values.new_zeros(rows).index_copy_(0, index, values)
+def spread(stats: Tensor, index: Tensor | None, rows: int) -> Tensor:
+    """(STATS, n) of some rows -> (STATS, N), 0 elsewhere."""
+    return stats if index is None else stats.new_zeros(len(stats), rows).index_copy_(1, index, stats)
 
 
-def join(chunks: list[RowStats], spec: RowSpec, dtype: torch.dtype) -> RowStats:
-    """The statistics of the chunks, end to end."""
-    if not chunks:
-        device = torch.device("cpu") if spec.ids is None else spec.ids.device
-        return row_statistics(torch.zeros(0, 1, dtype=dtype, device=device), None, spec)
-    values = (None if column[0] is None else torch.cat(column) for column in zip(*(c.values for c in chunks), strict=True))
-    return RowStats(TokenStats(*values), *(torch.cat(column) for column in zip(*(c[1:] for c in chunks), strict=True)))
+def join(chunks: list[Tensor], operand: Tensor, dtype: torch.dtype) -> Tensor:
+    """The packed statistics of the chunks, end to end."""
+    return torch.cat([operand.new_zeros(STATS, 0, dtype=dtype), *chunks], 1)
 
 
 class _LinearTokenStats(Function):
-    """The requested statistics, (N,) each, in the order of `TokenStats`."""
+    """The packed statistics, (STATS, N)."""
 
     @staticmethod
     def forward(
@@ -49,7 +46,7 @@ class _LinearTokenStats(Function):
         product_dtype: torch.dtype,
         save_bytes: float,
         chunk_bytes: int,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         rows = HeadRows(hidden, weight, bias, spec, columns, product_dtype, index)
         chunks, saved, each = [], [], []
         if not any(ctx.needs_input_grad):
@@ -61,33 +58,26 @@ class _LinearTokenStats(Function):
                 chunks.append(chunk)
                 save_bytes -= tile.nbytes
                 saved.append(tile if save_bytes >= 0 else None)
-            stats = join(each, spec, rows.head.dtype)
-        named = {name: value for name, value in zip(TokenStats._fields, stats.values, strict=True) if value is not None}
-        outputs = {name: spread(value, index, len(hidden)) for name, value in named.items()}
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(value for name, value in outputs.items() if not checks.differentiable([name])))
-        ctx.save_for_backward(hidden, weight, bias, index, stats.values.entropy, *stats[1:], *saved)
+            stats = join(each, hidden, rows.head.dtype)
+        ctx.save_for_backward(hidden, weight, bias, index, stats, *saved)
         ctx.op, ctx.single_use = "linear_token_stats", False
-        ctx.spec, ctx.columns, ctx.product_dtype, ctx.chunks, ctx.names = spec, columns, product_dtype, chunks, tuple(named)
-        return tuple(outputs.values())
+        ctx.spec, ctx.columns, ctx.product_dtype, ctx.chunks = spec, columns, product_dtype, chunks
+        return spread(stats, index, len(hidden)).clone()
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, index, entropy, *rest = ctx.saved_tensors
-        stats, saved = RowStats(TokenStats(entropy=entropy), *rest[:5]), rest[5:]
-        given = {name: g if index is None else g[index] for name, g in zip(ctx.names, upstream, strict=True) if g is not None}
-        if not given:
-            return (None,) * 9
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, index, stats, *saved = ctx.saved_tensors
+        upstream = upstream if index is None else upstream[:, index]
+        given = {name: upstream[STATISTICS.index(name)] for name in checks.differentiable(ctx.spec.wanted)}
         rows = HeadRows(hidden, weight, bias, ctx.spec, ctx.columns, ctx.product_dtype, index)
         rows.start_gradients(*ctx.needs_input_grad[:3])
         with without_autocast(hidden):
             for chunk, kept in zip(ctx.chunks, saved, strict=True):
                 operand = rows.operand(chunk)
                 tile = rows.logits(operand) if kept is None else kept
-                values = TokenStats(entropy=None if entropy is None else entropy[chunk])
-                part = RowStats(values, *(value[chunk] for value in stats[1:]))
-                rows.add_gradients(tile, operand, chunk, part, {name: g[chunk] for name, g in given.items()}, keep_tile=kept is not None)
+                part = {name: g[chunk] for name, g in given.items()}
+                rows.add_gradients(tile, operand, chunk, stats[:, chunk], part, keep_tile=kept is not None)
             rows.finish_gradients()
         d_hidden = None if rows.d_hidden is None else rows.d_hidden.to(hidden.dtype)
         return d_hidden, weight_gradient(rows.d_weight, weight), bias_gradient(rows.d_bias, bias), *(None,) * 6
@@ -135,7 +125,6 @@ def linear_token_stats(
     Raises:
         As `token_stats`; TypeError where hidden and weight differ in dtype outside autocast.
     """
-    choose_backend(backend)
     names = checks.requested(outputs)
     product_dtype = checks.check_linear(hidden, weight, bias)
     if save not in ("auto", "logits", "recompute"):
@@ -157,6 +146,7 @@ def linear_token_stats(
         entropy_support=entropy_support,
         vocab_size=vocab_size,
         shard_group=shard_group,
+        backend=backend,
     )
     index = None
     if spec.mask is not None and readable(hidden):  # elsewhere this would need a host read
@@ -164,5 +154,5 @@ def linear_token_stats(
         spec = spec.select(index)
     budget = {"auto": save_bytes, "logits": float("inf"), "recompute": 0}[save]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    values = _LinearTokenStats.apply(flat, weight, bias, spec, index, columns, product_dtype, budget, chunk_bytes)
-    return TokenStats(**{name: value.view(shape) for name, value in zip(names, values, strict=True)})
+    stats = _LinearTokenStats.apply(flat, weight, bias, spec, index, columns, product_dtype, budget, chunk_bytes)
+    return TokenStats(*(None if value is None else value.view(shape) for value in unpack(stats, spec.wanted)))

@@ -21,7 +21,7 @@ from urlvr_fast.ops.reference import (
     loss_rows,
     policy_objective,
 )
-from urlvr_fast.ops.rows import readable
+from urlvr_fast.ops.spec import readable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -274,10 +274,10 @@ def policy_loss(
         ValueError: something a loss type needs is missing (it is named), a number out of range, a shape or device that does not fit.
         TypeError: a wrong dtype.
     """
-    choose_backend(backend)
     if logp.dtype not in checks.FLOATS:
         raise TypeError(f"logp must be floating point, not {logp.dtype}")
     shape, device, dtype = tuple(logp.shape), logp.device, accumulation_dtype(logp.dtype)
+    choose_backend(backend, device, dtype)  # vectors of N numbers: every backend computes them in PyTorch
     for name, value, coefficient in (("entropy", entropy, entropy_coef), ("self_certainty", self_certainty, self_certainty_coef)):
         if value is not None:
             checks.check_rows(name, value, shape, device, checks.FLOATS)

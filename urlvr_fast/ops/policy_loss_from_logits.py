@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import GradientInForward
-from urlvr_fast.ops.backend import choose_backend
 from urlvr_fast.ops.head import bias_gradient
-from urlvr_fast.ops.policy_loss import LossArguments, prepare_loss, row_gradients, unless_all
-from urlvr_fast.ops.reference import accumulation_dtype
-from urlvr_fast.ops.rows import blocks, row_statistics
-from urlvr_fast.ops.token_stats import bias_buffer, bias_values, logits_gradient
+from urlvr_fast.ops.layout import CORRECTIONS, HAS_OLD, KL_KINDS, LOSS_KINDS
+from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, prepare_loss, row_gradients, unless_all
+from urlvr_fast.ops.reference import LossRows, accumulation_dtype
+from urlvr_fast.ops.row_ops import gradient, ops, statistics, unpack
+from urlvr_fast.ops.rows import blocks
+from urlvr_fast.ops.spec import RowSpec, grids
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,9 +31,65 @@ def _power_of_two_below(size: Tensor) -> Tensor:
 
 def _multiply_rows(gradient: Tensor, factor: Tensor) -> None:
     """gradient (…, V) times a number, or one a row, in place; 16-bit gradients in fp32 with one rounding."""
-    for a, b, piece in blocks(gradient):
-        by = factor if factor.dim() == 0 else factor[a:b, None]
-        piece.copy_(piece.to(accumulation_dtype(piece.dtype)).mul_(by))
+    for start, grid in grids(gradient):
+        for a, b, piece in blocks(grid):
+            by = factor if factor.dim() == 0 else factor[start + a : start + b, None]
+            piece.copy_(piece.to(accumulation_dtype(piece.dtype)).mul_(by))
+
+
+def _in_one_kernel(loss: PreparedLoss, spec: RowSpec) -> bool:
+    """Whether one kernel can make statistics, coefficient and gradient of a row: that row's log-prob must be all it takes."""
+    return spec.backend != "torch" and spec.shard is None and not loss.joined
+
+
+def _loss_lines(rows: LossRows) -> Tensor:
+    """(LOSS_LINES, N) in the order of `LossLine`."""
+    rollout = rows.rollout_logp if rows.old_logp is None else rows.log_rollout_weight
+    lines = (rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rollout)
+    return torch.stack([torch.zeros_like(rows.advantages) if line is None else line for line in lines])
+
+
+def _loss_arguments(loss: PreparedLoss, scaled: bool) -> tuple:
+    """What the op policy_gradient takes behind the backend."""
+    o = loss.options
+    numbers = (
+        1 - o.eps_low,
+        1 + o.eps_high,
+        math.inf if o.delta is None else math.log(o.delta),
+        o.beta,
+        o.entropy_coef,
+        o.self_certainty_coef,
+        o.ratio_cap,
+        o.tau_pos,
+        o.tau_neg,
+        o.rollout_cap,
+        o.rollout_floor,
+    )
+    present = 0 if loss.rows.old_logp is None else HAS_OLD
+    kl = KL_KINDS[o.kl if o.beta else None]
+    return (_loss_lines(loss.rows), present, LOSS_KINDS[o.loss_type], kl, CORRECTIONS[o.rollout_correction], list(numbers), scaled)
+
+
+def _statistics_and_gradient(
+    logits: Tensor, bias: Tensor | None, columns: int, spec: RowSpec, loss: PreparedLoss, inplace: bool, bias_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The packed statistics, d loss / d logits, the power of two taken out of each of its rows (fp16), and d loss / d bias."""
+    scaled = logits.dtype == torch.float16
+    if _in_one_kernel(loss, spec) and not bias_wanted:
+        call = (logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend, *_loss_arguments(loss, scaled))
+        if inplace:
+            stats, row_scale = ops.policy_gradient_(*call)
+            return stats, logits, row_scale if scaled else None, None
+        stats, d_logits, row_scale = ops.policy_gradient(*call)
+        return stats, d_logits, row_scale if scaled else None, None
+    stats = statistics(logits, bias, columns, spec)
+    upstream = row_gradients(loss, unpack(stats, spec.wanted))
+    row_scale = None
+    if scaled:
+        row_scale = _power_of_two_below(torch.stack(list(upstream.values())).abs().sum(0) * abs(spec.scale))
+        upstream = {name: g / row_scale for name, g in upstream.items()}
+    d_logits, d_bias = gradient(logits, bias, columns, spec, stats, upstream, inplace=inplace, bias_wanted=bias_wanted)
+    return stats, d_logits, row_scale, d_bias
 
 
 def policy_loss_from_logits(
@@ -70,7 +128,6 @@ def policy_loss_from_logits(
     Raises:
         As `token_stats` and `policy_loss`.
     """
-    choose_backend(backend)
     checks.check_logits(logits)
     shape, device, dtype = tuple(logits.shape[:-1]), logits.device, accumulation_dtype(logits.dtype)
     checks.check_bias(bias, logits.shape[-1], device)
@@ -92,6 +149,7 @@ def policy_loss_from_logits(
         entropy_support=entropy_support,
         vocab_size=vocab_size,
         shard_group=shard_group,
+        backend=backend,
     )
     spec = replace(spec, mask=unless_all(prepared.rows.live))
     wants_logits = torch.is_grad_enabled() and logits.requires_grad
@@ -100,22 +158,16 @@ def policy_loss_from_logits(
         raise TypeError(
             "fp16 logits with a bias that requires grad: their gradients carry different scales; add the bias to the logits before"
         )
+    values_of_bias = None if bias is None else bias.detach()[:columns].to(dtype)
     with torch.no_grad():
-        stats = row_statistics(logits.detach()[..., :columns], bias_values(bias, logits, columns), spec)
-        value, metrics = prepared.objective(stats.values)
+        rows = logits.detach(), values_of_bias, columns, spec
         if not (wants_logits or wants_bias):
-            return value, metrics
-        upstream = row_gradients(prepared, stats.values)
-        row_scale = None
-        if logits.dtype == torch.float16:
-            row_scale = _power_of_two_below(torch.stack(list(upstream.values())).abs().sum(0) * scale)
-            upstream = {name: g / row_scale for name, g in upstream.items()}
-        bias_grad = bias_buffer(bias, logits, columns) if wants_bias else None
-        inplace = inplace_backward and wants_logits
-        gradient = logits_gradient(logits, bias, spec, columns, stats, upstream, inplace, bias_grad)
+            return prepared.objective(unpack(statistics(*rows), spec.wanted))
+        stats, d_logits, row_scale, d_bias = _statistics_and_gradient(*rows, prepared, inplace_backward and wants_logits, wants_bias)
+        value, metrics = prepared.objective(unpack(stats, spec.wanted))
 
     def deliver(factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        _multiply_rows(gradient, factor if row_scale is None else factor * row_scale)
-        return gradient, None if bias_grad is None else bias_gradient(bias_grad * factor, bias)
+        _multiply_rows(d_logits, factor if row_scale is None else factor * row_scale)
+        return d_logits, None if d_bias is None else bias_gradient(d_bias * factor, bias)
 
     return GradientInForward.apply("policy_loss_from_logits", value, deliver, logits, bias), metrics

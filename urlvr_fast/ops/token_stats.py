@@ -11,65 +11,32 @@ from torch.autograd import Function
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import first_order
-from urlvr_fast.ops.backend import choose_backend
-from urlvr_fast.ops.head import bias_gradient
 from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
-from urlvr_fast.ops.rows import RowSpec, RowStats, row_gradient, row_statistics
+from urlvr_fast.ops.row_ops import gradient, statistics, unpack
+from urlvr_fast.ops.spec import STATISTICS, RowSpec
 
 
 class _TokenStats(Function):
-    """The requested statistics, (N,) each, in the order of `TokenStats`."""
+    """The packed statistics where the registered op does not do: shards talk to each other, and a gradient in place changes an input."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, bias: Tensor | None, spec: RowSpec, columns: int, inplace: bool) -> tuple[Tensor, ...]:
-        stats = row_statistics(logits[..., :columns], bias_values(bias, logits, columns), spec)
-        named = {name: value for name, value in zip(TokenStats._fields, stats.values, strict=True) if value is not None}
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(value for name, value in named.items() if not checks.differentiable([name])))
-        ctx.save_for_backward(logits, bias, stats.values.entropy, *stats[1:])
-        ctx.op, ctx.single_use = "token_stats", inplace
-        ctx.spec, ctx.columns, ctx.names = spec, columns, tuple(named)
-        return tuple(named.values())
+    def forward(ctx: Any, logits: Tensor, bias: Tensor | None, spec: RowSpec, columns: int, inplace: bool) -> Tensor:
+        stats = statistics(logits, bias, columns, spec)
+        ctx.save_for_backward(logits, bias, stats)
+        ctx.op, ctx.single_use, ctx.spec, ctx.columns = "token_stats", inplace, spec, columns
+        return stats
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, bias, entropy, *rest = ctx.saved_tensors
-        given = {name: g for name, g in zip(ctx.names, upstream, strict=True) if g is not None}
-        if not given:
-            return None, None, None, None, None
-        stats = RowStats(TokenStats(entropy=entropy), *rest)
-        bias_grad = bias_buffer(bias, logits, ctx.columns) if ctx.needs_input_grad[1] else None
-        gradient = logits_gradient(logits, bias, ctx.spec, ctx.columns, stats, given, ctx.single_use, bias_grad)
-        return gradient, bias_gradient(bias_grad, bias), None, None, None
-
-
-def bias_values(bias: Tensor | None, logits: Tensor, columns: int) -> Tensor | None:
-    """The bias that counts, in the dtype of the computation."""
-    return None if bias is None else bias.detach()[:columns].to(accumulation_dtype(logits.dtype))
-
-
-def bias_buffer(bias: Tensor | None, logits: Tensor, columns: int) -> Tensor | None:
-    return None if bias is None else bias.new_zeros(columns, dtype=accumulation_dtype(logits.dtype))
-
-
-def logits_gradient(
-    logits: Tensor,
-    bias: Tensor | None,
-    spec: RowSpec,
-    columns: int,
-    stats: RowStats,
-    upstream: dict[str, Tensor],
-    inplace: bool,
-    bias_grad: Tensor | None,
-) -> Tensor:
-    """The gradient of all columns (0 beyond those that count), in the logits' memory or in its own; adds to `bias_grad`."""
-    logits = logits.detach()  # shares the version counter: autograd notices when someone else had saved these logits
-    gradient = logits if inplace else logits.new_empty(logits.shape)
-    out = None if inplace else gradient[..., :columns]
-    row_gradient(logits[..., :columns], bias_values(bias, logits, columns), spec, stats, upstream, out, bias_grad)
-    gradient[..., columns:].zero_()
-    return gradient
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits, bias, stats = ctx.saved_tensors
+        given = {name: upstream[STATISTICS.index(name)] for name in checks.differentiable(ctx.spec.wanted)}
+        bias_wanted = ctx.needs_input_grad[1]
+        # detach() shares the version counter: autograd notices when someone else had saved these logits
+        d_logits, d_bias = gradient(
+            logits.detach(), bias, ctx.columns, ctx.spec, stats, given, inplace=ctx.single_use, bias_wanted=bias_wanted
+        )
+        return d_logits, d_bias, None, None, None
 
 
 def token_stats(
@@ -133,7 +100,6 @@ def token_stats(
         TypeError: a dtype that is not listed above.
         RuntimeError: a derivative of the gradient; a backend that this build has not.
     """
-    choose_backend(backend)
     names = checks.requested(outputs)
     checks.check_logits(logits)
     shape, columns = tuple(logits.shape[:-1]), logits.shape[-1]
@@ -156,6 +122,11 @@ def token_stats(
         entropy_support=entropy_support,
         vocab_size=vocab_size,
         shard_group=shard_group,
+        backend=backend,
     )
-    values = _TokenStats.apply(logits, bias, spec, columns, inplace_backward)
-    return TokenStats(**{name: value.view(shape) for name, value in zip(names, values, strict=True)})
+    bias = None if bias is None else bias[:columns].to(dtype)
+    if inplace_backward or spec.shard is not None:
+        stats = _TokenStats.apply(logits, bias, spec, columns, inplace_backward)
+    else:
+        stats = statistics(logits, bias, columns, spec)
+    return TokenStats(*(None if value is None else value.view(shape) for value in unpack(stats, spec.wanted)))

@@ -1,0 +1,13 @@
+// The CPU ops, each defined in the file of its name; `register.cpp` hands them to torch.
+#pragma once
+
+#include "rows.h"
+
+namespace urlvr::cpu {
+
+void statistics(ROW_ARGUMENTS, Tensor out);
+void gradient(ROW_ARGUMENTS, Tensor stats, Tensor upstream, int64_t given, Tensor out, MaybeTensor bias_grad);
+void policy(ROW_ARGUMENTS, Tensor loss, int64_t present, int64_t kind, int64_t kl, int64_t correction, std::vector<double> numbers, Tensor stats,
+            Tensor out, MaybeTensor row_scale);
+
+}  // namespace urlvr::cpu

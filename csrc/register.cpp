@@ -1,0 +1,28 @@
+// What the compiled library offers torch. No autograd and no shapes here: `urlvr_fast/ops` defines the ops that users see.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/instruction_set.h"
+#include "cpu/ops.h"
+
+#define ROWS_SCHEMA                                                                                                              \
+  "Tensor logits, Tensor? bias, Tensor? ids, Tensor? mask, Tensor? temperatures, Tensor? crow, Tensor? col, float temperature, " \
+  "float softcap, float scale, int id_offset, int total, int flags"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(urlvr_fast, m) {
+  m.def("cpp_statistics(" ROWS_SCHEMA ", Tensor(a!) out) -> ()");
+  m.def("cpp_gradient(" ROWS_SCHEMA ", Tensor stats, Tensor upstream, int given, Tensor(a!) out, Tensor(b!)? bias_grad) -> ()");
+  m.def("cpp_policy(" ROWS_SCHEMA
+        ", Tensor loss, int present, int kind, int kl, int correction, float[] numbers, Tensor(a!) stats, Tensor(b!) out, "
+        "Tensor(c!)? row_scale) -> ()");
+  m.def("cpp_instruction_set(str name) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(urlvr_fast, CPU, m) {
+  m.impl("cpp_statistics", TORCH_BOX(&urlvr::cpu::statistics));
+  m.impl("cpp_gradient", TORCH_BOX(&urlvr::cpu::gradient));
+  m.impl("cpp_policy", TORCH_BOX(&urlvr::cpu::policy));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(urlvr_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpp_instruction_set", TORCH_BOX(&urlvr::cpu::use_instruction_set));
+}

@@ -1,0 +1,245 @@
+// What a row of logits is reduced to, and back: the numbers that every compiled kernel shares, for the CPU and for CUDA.
+//
+//   x_j = softcap(z_j · scale + bias_j) / temperature,   m = max x_j,   s = Σ e^(x_j − m),   p_j = e^(x_j − m − log s),   ℓ_j = log p_j
+//   dx_j = p_j (a + b ℓ_j) + c [j = id] + d [x_j finite]  (+ p'_j (keep_a + keep_b ℓ'_j) over a keep set with its own softmax p')
+//
+// Row maximum and log s stay apart, so that a common offset of the logits costs no digit. The kernels cut a row into segments of fixed
+// width and merge them in index order: the bits of a row depend on nothing but the row.
+// `urlvr_fast/ops/rows.py` says the same in PyTorch; `layout.py` beside it repeats the enums.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define ROWS_FN __host__ __device__ __forceinline__
+#else
+#define ROWS_FN inline
+#endif
+
+namespace urlvr {
+
+// Lines of the packed result, (STATS, N). The first nine are what users see, the rest is kept for the gradient.
+enum Stat : int {
+  LOGP, LSE, ENTROPY, SELF_CERTAINTY, MEAN_LOGIT, MAX_PROB, PROB_GAP, SUM_P2, ARGMAX,
+  ROW_MAX, LOG_S, FINITE, KEEP_LOG_S, ID_COUNTS, STATS
+};
+// Lines of the packed sums, (STATS, N) too, that a vocabulary shard hands out instead (flag RAW).
+enum RawSum : int {
+  RAW_M, RAW_S, RAW_T, RAW_TOTAL, RAW_FINITE, RAW_X_ID, RAW_BAD_ID, RAW_S2, RAW_SECOND, RAW_ARGMAX, RAW_KEEP_M, RAW_KEEP_S, RAW_KEEP_T, RAW_KEEP_ID
+};
+// Lines of the upstream gradient, (GRADS, N): the differentiable statistics, LOGP … MEAN_LOGIT. `given` has bit 1 << line where it is not 0.
+constexpr int GRADS = 5;
+// Bits of `flags`: 1 << LOGP … 1 << ARGMAX say what is wanted; beside them:
+constexpr int64_t ENTROPY_ON_KEEP = 1 << 9;  // the entropy is that of the keep set
+constexpr int64_t RAW = 1 << 10;             // write sums for a merge over shards, not statistics
+constexpr int64_t NEEDS_T = 1 << ENTROPY;
+constexpr int64_t NEEDS_TOTAL = (1 << SELF_CERTAINTY) | (1 << MEAN_LOGIT);
+constexpr int64_t NEEDS_RARE = (1 << PROB_GAP) | (1 << SUM_P2) | (1 << ARGMAX);
+ROWS_FN bool wants(int64_t flags, int stat) { return (flags >> stat) & 1; }
+ROWS_FN bool wants_t(int64_t flags) { return (flags & NEEDS_T) && !(flags & ENTROPY_ON_KEEP); }
+
+// exp(x) is 0 below this, so it may stand for −inf where that meets a probability of 0: 0 · LOWEST is 0, 0 · −inf is not.
+constexpr float LOWEST = -1e20f;
+
+template <class R> ROWS_FN R infinity() { return std::numeric_limits<R>::infinity(); }
+template <class R> ROWS_FN R nan_() { return std::numeric_limits<R>::quiet_NaN(); }
+template <class R> ROWS_FN R safe(R m) { return m == -infinity<R>() ? R(0) : m; }  // of a maximum over nothing but −inf
+
+// ---- sums -------------------------------------------------------------------------------------------------------------------------------
+
+template <class R>
+struct Sums {           // over a segment, or over all that came before, relative to safe(m)
+  R m = -infinity<R>();
+  R s = 0;              // Σ e^(x − m)
+  R t = 0;              // Σ e^(x − m) (x − m)
+  R total = 0;          // Σ x − m over finite x
+  R finite = 0;         // number of finite x
+  R s2 = 0;             // Σ e^2(x − m)
+  R second = -infinity<R>();  // second largest x
+  int64_t argmax = 0;   // first column that has the largest
+};
+
+// What is in `before` has the smaller columns. Calls in index order give the same bits however the work was split.
+template <class R>
+ROWS_FN Sums<R> merge(const Sums<R>& before, const Sums<R>& next) {
+  Sums<R> out;
+  bool up = next.m > before.m;
+  R m = up ? next.m : before.m, other = up ? before.m : next.m;
+  out.m = m;
+  // A side that is −inf throughout has sums of 0: any finite shift keeps them 0 and the product 0 · −inf out.
+  R shift_a = before.m == -infinity<R>() ? R(LOWEST) : before.m - safe(m);
+  R shift_b = next.m == -infinity<R>() ? R(LOWEST) : next.m - safe(m);
+  R wa = shift_a == 0 ? R(1) : std::exp(shift_a), wb = shift_b == 0 ? R(1) : std::exp(shift_b);
+  if (before.m == -infinity<R>() && m == -infinity<R>()) wa = wb = 1;  // nothing but −inf, or NaN sums that must survive
+  out.s = wa * before.s + wb * next.s;
+  out.t = wa * (before.t + shift_a * before.s) + wb * (next.t + shift_b * next.s);
+  out.total = (before.total + shift_a * before.finite) + (next.total + shift_b * next.finite);
+  out.finite = before.finite + next.finite;
+  out.s2 = wa * wa * before.s2 + wb * wb * next.s2;
+  R seconds = before.second > next.second ? before.second : next.second;
+  out.second = other > seconds ? other : seconds;
+  out.argmax = up ? next.argmax : before.argmax;
+  return out;
+}
+
+template <class R>
+struct KeepSums {  // over the kept columns of this shard, relative to safe(m)
+  R m = -infinity<R>(), s = 0, t = 0, id = 0;  // id: how often the id occurs
+};
+
+// ---- statistics -------------------------------------------------------------------------------------------------------------------------
+
+// Write a row's column of the packed result. `x_id` is x at the id and −inf where the id lies in another shard; `has_keep` without keep
+// entries is a keep set that is empty.
+template <class R, class Out>
+ROWS_FN void write_raw(const Sums<R>& sums, R x_id, bool bad_id, const KeepSums<R>& keep, Out* out, int64_t stride) {
+  const R lines[STATS] = {sums.m, sums.s, sums.t, sums.total, sums.finite, x_id, R(bad_id), sums.s2, sums.second, R(sums.argmax),
+                          keep.m, keep.s, keep.t, keep.id};
+  for (int i = 0; i < STATS; ++i) out[i * stride] = Out(lines[i]);
+}
+
+template <class R, class Out>
+ROWS_FN void write_stats(const Sums<R>& sums, R x_id, bool bad_id, bool has_keep, const KeepSums<R>& keep, int64_t flags, Out* out, int64_t stride) {
+  const R nan = nan_<R>(), inf = infinity<R>();
+  R m = sums.m;
+  if (sums.s != sums.s && m == -inf) m = nan;  // nothing but NaN and −inf: NaN, not a row that is −inf throughout
+  bool nowhere = m == -inf || bad_id;          // no distribution, or no such id
+  R log_s = nowhere ? nan : std::log(sums.s);
+  R poison = log_s - log_s;                    // 0, or NaN in a row that is NaN
+  R keep_m = m, keep_log_s = log_s;            // relative to keep_m
+  bool id_counts = x_id != -inf;
+  if (has_keep) {
+    keep_m = keep.m;
+    keep_log_s = (keep_m == -inf ? nan : std::log(keep.s)) + poison;
+    id_counts = id_counts && keep.id > 0;
+  }
+  R logp = (id_counts ? x_id - keep_m : -inf) - keep_log_s;
+  R entropy = (flags & ENTROPY_ON_KEEP) ? keep_log_s - keep.t / keep.s : log_s - sums.t / sums.s;
+  R mean = sums.total / sums.finite;
+  R lines[STATS];
+  lines[LOGP] = wants(flags, LOGP) ? logp : R(0);
+  lines[LSE] = m + log_s;
+  lines[ENTROPY] = wants(flags, ENTROPY) ? entropy : R(0);
+  lines[SELF_CERTAINTY] = wants(flags, SELF_CERTAINTY) ? log_s - mean - std::log(sums.finite) : R(0);
+  lines[MEAN_LOGIT] = wants(flags, MEAN_LOGIT) ? m + mean + poison : R(0);
+  lines[MAX_PROB] = std::exp(-log_s);
+  lines[PROB_GAP] = wants(flags, PROB_GAP) ? (1 - std::exp(sums.second - m)) * std::exp(-log_s) : R(0);
+  lines[SUM_P2] = wants(flags, SUM_P2) ? sums.s2 / (sums.s * sums.s) + poison : R(0);
+  lines[ARGMAX] = log_s != log_s ? R(-1) : R(sums.argmax);
+  lines[ROW_MAX] = m;
+  lines[LOG_S] = log_s;
+  lines[FINITE] = sums.finite;
+  lines[KEEP_LOG_S] = (keep_m - m) + keep_log_s;  // relative to m
+  lines[ID_COUNTS] = R(id_counts);
+  for (int i = 0; i < STATS; ++i) out[i * stride] = Out(lines[i]);
+}
+
+// A row that `mask` leaves out: statistics 0, and sums that add nothing to the other shards'.
+template <class Out>
+ROWS_FN void write_masked(int64_t, Out* out, int64_t stride) {
+  for (int i = 0; i < STATS; ++i) out[i * stride] = Out(0);
+}
+
+// ---- gradient ---------------------------------------------------------------------------------------------------------------------------
+
+template <class R>
+struct Coefficients {
+  R a = 0, b = 0, c = 0, d = 0, keep_a = 0, keep_b = 0;
+  R m = 0, log_s = 0, keep_log_s = 0;  // what ℓ and ℓ' are relative to
+  bool dead = true;                    // the gradient is 0 and the row need not be read
+};
+
+// From a row's column of the packed statistics and of the upstream gradient g; terms whose bit is not in `given` are 0.
+template <class R>
+ROWS_FN Coefficients<R> coefficients(R m, R log_s, R entropy, R finite, R keep_log_s, bool id_counts, const R g[GRADS], bool has_keep, int64_t flags) {
+  Coefficients<R> out;
+  const bool on_keep = flags & ENTROPY_ON_KEEP;
+  R g_logp = g[LOGP], g_h = g[ENTROPY], g_sc = g[SELF_CERTAINTY], g_mean = g[MEAN_LOGIT];
+  R zero = 0, b_times_h = g_h == zero ? zero : -g_h * entropy;  // the entropy of a row that has none in its loss may be anything
+  out.a = g[LSE] + g_sc + (has_keep ? zero : -g_logp) + (on_keep ? zero : b_times_h);
+  out.b = on_keep ? zero : -g_h;
+  out.c = id_counts ? g_logp : zero;
+  out.d = (g_mean - g_sc) == zero ? zero : (g_mean - g_sc) / finite;
+  out.keep_a = has_keep ? -g_logp + (on_keep ? b_times_h : zero) : zero;
+  out.keep_b = on_keep ? -g_h : zero;
+  out.m = m;
+  out.log_s = log_s;
+  out.keep_log_s = keep_log_s;
+  // Dead: x is −inf throughout, or nothing comes from upstream. NaN compares false with 0, so a NaN row is not dead.
+  bool nothing = g_logp == zero && g[LSE] == zero && g_h == zero && g_sc == zero && g_mean == zero;
+  out.dead = m == -infinity<R>() || nothing;
+  return out;
+}
+
+// ---- policy losses with one term a token ------------------------------------------------------------------------------------------------
+
+enum LossKind : int { REINFORCE, CLIPPED, CISPO, SAPO };  // CLIPPED: grpo, dapo, bnpo, dr_grpo
+enum KlKind : int { NO_KL, K1, K2, K3 };
+enum Correction : int { NO_CORRECTION, TRUNCATE, MASK };
+// Lines of the packed (LOSS_LINES, N) loss rows. LINE_ROLLOUT is the sampler's log-prob, and the log of the correction with HAS_OLD.
+enum LossLine : int { LINE_ADVANTAGE, LINE_WEIGHT, LINE_REGULARISER, LINE_OLD, LINE_REF, LINE_ROLLOUT, LOSS_LINES };
+constexpr int64_t HAS_OLD = 1;  // bit of `present`; the KL and the correction say by themselves whether their line is there
+
+constexpr float MAX_LOG_RATIO = 60;
+
+template <class R>
+struct LossNumbers {
+  R low, high;            // of the clip range: 1 − eps_low, 1 + eps_high
+  R log_delta;            // inf: no dual clip
+  R beta, entropy_coef, self_certainty_coef;
+  R ratio_cap, tau_pos, tau_neg, rollout_cap, rollout_floor;
+};
+constexpr int LOSS_NUMBERS = 11;  // in this order
+
+template <class R> ROWS_FN R smaller(R x, R bound) { return x > bound ? bound : x; }  // NaN stays
+
+// d loss / d logp of one token. The table of the losses is in reference.py.
+template <class R>
+ROWS_FN R logp_gradient(R logp, const R row[LOSS_LINES], const LossNumbers<R>& n, int loss, int kl, int correction, bool has_old) {
+  const R a = row[LINE_ADVANTAGE];
+  R raw = has_old ? logp - row[LINE_OLD] : logp - logp;  // 0, or NaN with logp
+  R log_ratio = smaller(raw, R(MAX_LOG_RATIO));
+  bool moves = !(raw > R(MAX_LOG_RATIO));                // a clamped log-ratio has no derivative
+  R policy;
+  if (loss == REINFORCE) {
+    policy = -a;
+  } else if (loss == CISPO) {
+    policy = -smaller(R(std::exp(log_ratio)), n.ratio_cap) * a;
+  } else if (loss == SAPO) {
+    R r = std::exp(log_ratio), tau = a > 0 ? n.tau_pos : n.tau_neg;
+    R sigma = 1 / (1 + std::exp(-tau * (r - 1)));
+    policy = moves ? -a * 4 * sigma * (1 - sigma) * r : R(0);
+  } else {
+    moves = moves && !(log_ratio > n.log_delta);
+    R r = std::exp(smaller(log_ratio, n.log_delta));
+    bool pessimistic = a > 0 ? r > n.high : r < n.low;  // the clipped product is the smaller one: constant
+    policy = moves && !pessimistic ? -a * r : R(0);
+    if (r != r) policy = r;
+  }
+  if (correction != NO_CORRECTION) {
+    R log_w = has_old ? row[LINE_ROLLOUT] : logp - row[LINE_ROLLOUT];
+    R w = std::exp(smaller(log_w, R(MAX_LOG_RATIO)));
+    if (correction == TRUNCATE) w = smaller(w, n.rollout_cap);
+    else if (w < n.rollout_floor || w > n.rollout_cap) w = 0;
+    policy *= w;
+  }
+  R gradient = row[LINE_WEIGHT] * policy;
+  if (kl != NO_KL) {
+    R d = row[LINE_REF] - logp;
+    R slope = kl == K1 ? R(1) : kl == K2 ? -d : R(-std::expm1(d));
+    gradient += n.beta * row[LINE_REGULARISER] * slope;
+  }
+  return gradient;
+}
+
+// 2^⌊log2 size⌋, and 1 where that is no number above 0: what an fp16 gradient is divided by until the backward.
+template <class R>
+ROWS_FN R power_of_two_below(R size) {
+  if (!(size > 0) || size == infinity<R>()) return 1;
+  R power = std::exp2(std::floor(std::log2(size)));
+  return power > 0 && power < infinity<R>() ? power : R(1);
+}
+
+}  // namespace urlvr
