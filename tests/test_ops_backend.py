@@ -89,7 +89,7 @@ def test_without_the_compiled_library(tmp_path):
         return subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     said = run().stdout.splitlines()
-    assert said[0].startswith("not in this build: no C++ compiler")
+    assert said[0].startswith("not in this build: there was no C++ compiler")
     assert said[1] == "torch"
     (copy / "_C.so").write_bytes(b"not a library")
     broken = run()

@@ -38,6 +38,14 @@ template <> INLINE F maximum<float>(F a, F b) { return (F)_mm256_max_ps((__m256)
 template <> INLINE F minimum<float>(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 #endif
 
+// a · b + c. Built with -ffp-contract=off: the compiler fuses nothing by itself, so the same expression has the same bits in every kernel.
+template <class V> INLINE V fma(V a, V b, V c) { return a * b + c; }
+#if ROW_BYTES == 64
+template <> INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif ROW_BYTES == 32
+template <> INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#endif
+
 // ---- loads and stores -------------------------------------------------------------------------------------------------------------------
 
 template <class V> INLINE V load_raw(const void* p) { V v; std::memcpy(&v, p, sizeof(V)); return v; }
@@ -110,14 +118,19 @@ INLINE void store_two(bf16* p, F even, F odd) { store_raw(p, (rounded_bits(even)
 INLINE F exponential(F x, F& clamped) {
   const F magic = all<float>(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer, which then stands in the last bits
   clamped = maximum<float>(all<float>(ROW_SCALEF ? -110.0f : -87.3f), x);
-  F shifted = clamped * 1.44269504088896341f + magic;
+  const F log2e = all<float>(1.44269504088896341f);
+  F shifted = fma(clamped, log2e, magic);
   F n = shifted - magic;
-  F f = clamped * 1.44269504088896341f - n;
-  F p = f * 1.3269614428e-3f + 9.6712941304e-3f;
-  p = p * f + 5.5507108569e-2f;
-  p = p * f + 2.4022246897e-1f;
-  p = p * f + 6.9314700365e-1f;
-  p = p * f + 1.0f;
+#if ROW_BYTES == 16  // no fused multiplication: the product would be rounded, so n is taken out before it, as n · ln 2 in two parts
+  F f = ((clamped - n * 0.693359375f) + n * 2.12194440e-4f) * log2e;
+#else
+  F f = fma(clamped, log2e, -n);
+#endif
+  F p = fma(f, all<float>(1.3269614428e-3f), all<float>(9.6712941304e-3f));
+  p = fma(p, f, all<float>(5.5507108569e-2f));
+  p = fma(p, f, all<float>(2.4022246897e-1f));
+  p = fma(p, f, all<float>(6.9314700365e-1f));
+  p = fma(p, f, all<float>(1.0f));
 #if ROW_SCALEF
   return (F)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -160,7 +173,7 @@ template <bool PLAIN, class R>
 INLINE Vec<R> read(Vec<R> z, const R* bias, const Reading<R>& how, Vec<R>& slope) {
   if (PLAIN) return z * how.factor;
   Vec<R> y = z * how.scale;
-  if (bias) y += load(bias);
+  if (bias) y = y + load(bias);
   if (how.softcap > 0) {
     tanh_and_slope(y / how.softcap, y, slope);
     y *= how.softcap;
@@ -211,24 +224,29 @@ INLINE R read_segment(const T* z, const R* bias, int64_t n, const Reading<R>& ho
 template <bool T_, bool TOTAL, bool RARE, class R>
 INLINE void accumulate(const R* x, int64_t padded, R m, Sums<double>& out, double& total) {
   constexpr int W = LANES<R>, STEP = UNROLL * W;
-  Vec<R> s[UNROLL] = {}, t[UNROLL] = {}, sum[UNROLL] = {}, s2[UNROLL] = {}, top[UNROLL], second[UNROLL];
+  constexpr int64_t STRETCH = 64 * STEP;  // additions in a row in one lane, of which rounding would make more and more of an error
+  Vec<R> s2[UNROLL] = {}, top[UNROLL], second[UNROLL];
   for (int u = 0; u < UNROLL; ++u) top[u] = second[u] = all<R>(-infinity<R>());
   const Vec<R> shift = all<R>(m);
-  for (int64_t j = 0; j < padded; j += STEP)
-    for (int u = 0; u < UNROLL; ++u) {
-      Vec<R> v = load(x + j + u * W), d = v - shift, clamped, e = exponential(d, clamped);
-      s[u] += e;
-      if (T_) t[u] += e * clamped;
-      if (TOTAL) sum[u] += d;
-      if (RARE) {
-        s2[u] += e * e;
-        second[u] = maximum<R>(minimum<R>(v, top[u]), second[u]);
-        top[u] = maximum<R>(v, top[u]);
+  for (int64_t begin = 0; begin < padded; begin += STRETCH) {
+    Vec<R> s[UNROLL] = {}, t[UNROLL] = {}, sum[UNROLL] = {};
+    const int64_t end = begin + STRETCH < padded ? begin + STRETCH : padded;
+    for (int64_t j = begin; j < end; j += STEP)
+      for (int u = 0; u < UNROLL; ++u) {
+        Vec<R> v = load(x + j + u * W), d = v - shift, clamped, e = exponential(d, clamped);
+        s[u] += e;
+        if (T_) t[u] = fma(e, clamped, t[u]);
+        if (TOTAL) sum[u] += d;
+        if (RARE) {
+          s2[u] = fma(e, e, s2[u]);
+          second[u] = maximum<R>(minimum<R>(v, top[u]), second[u]);
+          top[u] = maximum<R>(v, top[u]);
+        }
       }
-    }
-  out.s = lane_sum<R>(s);
-  if (T_) out.t = lane_sum<R>(t);
-  if (TOTAL) total = lane_sum<R>(sum);
+    out.s += lane_sum<R>(s);
+    if (T_) out.t += lane_sum<R>(t);
+    if (TOTAL) total += lane_sum<R>(sum);
+  }
   if (!RARE) return;
   out.s2 = lane_sum<R>(s2);
   bool largest_seen = false;
@@ -288,8 +306,8 @@ INLINE Vec<R> derivative(Vec<R> z, const R* bias, const Reading<R>& how, const C
   Vec<R> slope = all<R>(R(1));
   Vec<R> x = read<PLAIN, R>(z, bias, how, slope);
   Vec<R> log_p, p = exponential((x - co.m) - co.log_s, log_p);
-  Vec<R> dx = B ? p * (log_p * co.b + co.a) : p * co.a;
-  if (D_) dx += x == all<R>(-infinity<R>()) ? Vec<R>{} : all<R>(co.d);
+  Vec<R> factor = B ? fma(log_p, all<R>(co.b), all<R>(co.a)) : all<R>(co.a);
+  Vec<R> dx = D_ ? fma(p, factor, x == all<R>(-infinity<R>()) ? Vec<R>{} : all<R>(co.d)) : p * factor;
   return PLAIN ? dx : dx * slope;
 }
 

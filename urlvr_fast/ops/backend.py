@@ -31,9 +31,7 @@ def _load_library() -> str:
     """Load the compiled library; "" or why it cannot be used."""
     path = next(iter(sorted(Path(__file__).parents[1].glob("_C*.so"))), None)
     if path is None:
-        return (
-            "not in this build: no C++ compiler or no torch was there to make it; install both, then urlvr_fast with --no-build-isolation"
-        )
+        return "not in this build: there was no C++ compiler or no torch; install both, then urlvr_fast with --no-build-isolation"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -107,14 +105,15 @@ def _best(device: str, dtype: torch.dtype) -> str:
 
 @cache
 def kernels(name: str) -> Any:
-    """The three functions of a kernel package (see `layout.py`)."""
-    if name == "torch":
-        from urlvr_fast.ops import rows
+    """The functions of a kernel package (see `layout.py`)."""
+    from urlvr_fast.ops import rows
 
+    if name == "torch":
         return rows
     if name == "triton":
-        from urlvr_fast.kernels import policy_loss_from_logits, token_stats
+        from urlvr_fast import kernels as triton
 
-        return SimpleNamespace(statistics=token_stats.statistics, gradient=token_stats.gradient, policy=policy_loss_from_logits.policy)
+        return triton
     ops = torch.ops.urlvr_fast
-    return SimpleNamespace(**{f: getattr(ops, f"{name}_{f}").default for f in ("statistics", "gradient", "policy")})
+    compiled = {f: getattr(ops, f"{name}_{f}").default for f in ("statistics", "gradient", "policy")}
+    return SimpleNamespace(**compiled, scale=rows.scale if name == "cpp" else ops.cuda_scale.default)

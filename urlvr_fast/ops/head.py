@@ -118,7 +118,7 @@ class HeadRows:
             target = torch.arange(rows.start, rows.stop)[alive] if target is None else target[alive]
         bias_wanted = self.d_bias is not None
         d_tile, d_bias = gradient(tile, self.bias, tile.shape[1], spec, stats, upstream, inplace=not keep_tile, bias_wanted=bias_wanted)
-        if self.d_bias is not None:
+        if self.d_bias is not None and d_bias is not None:
             self.d_bias.add_(d_bias)
         if self.d_hidden is not None:
             d_rows = self.head.hidden_gradient(d_tile)

@@ -1,10 +1,11 @@
 """The packed numbers that kernels exchange with the ops: `csrc/rows.h` repeats these enums and says what they mean.
 
-A kernel package (C++, CUDA, Triton, PyTorch) is three functions over rows, all writing into tensors that they are given:
+A kernel package (C++, CUDA, Triton, PyTorch) is four functions over rows, all writing into tensors that they are given:
 
     statistics(*rows, flags, out)                                     out (STATS, N)
     gradient(*rows, flags, stats, upstream, given, out, bias_grad)    out (A, B, V), may be the logits' memory; bias_grad (V,) is added to
     policy(*rows, flags, loss, present, kind, kl, correction, numbers, stats, out, row_scale)
+    scale(gradient, factor, row_scale)                                gradient (A, B, V) times a 0-d tensor and a number a row, in place
 
 with rows = (logits (A, B, V), bias (V,), ids (N,), mask (N,), temperatures (N,), crow (N + 1,), col (nnz,), temperature, softcap, scale,
 id_offset, total). N = A · B; the last stride of logits is 1, the others are free. Absent tensors are None; softcap 0.0 means none.

@@ -16,8 +16,7 @@ from urlvr_fast.ops.layout import CORRECTIONS, HAS_OLD, KL_KINDS, LOSS_KINDS
 from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, prepare_loss, row_gradients, unless_all
 from urlvr_fast.ops.reference import LossRows, accumulation_dtype
 from urlvr_fast.ops.row_ops import gradient, ops, statistics, unpack
-from urlvr_fast.ops.rows import blocks
-from urlvr_fast.ops.spec import RowSpec, grids
+from urlvr_fast.ops.spec import RowSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,14 +26,6 @@ def _power_of_two_below(size: Tensor) -> Tensor:
     """(N,) 2^⌊log2 size⌋, and 1 where that is no number above 0."""
     power = size.log2().floor().exp2()
     return torch.where(power.isfinite() & (power > 0), power, 1)
-
-
-def _multiply_rows(gradient: Tensor, factor: Tensor) -> None:
-    """gradient (…, V) times a number, or one a row, in place; 16-bit gradients in fp32 with one rounding."""
-    for start, grid in grids(gradient):
-        for a, b, piece in blocks(grid):
-            by = factor if factor.dim() == 0 else factor[start + a : start + b, None]
-            piece.copy_(piece.to(accumulation_dtype(piece.dtype)).mul_(by))
 
 
 def _in_one_kernel(loss: PreparedLoss, spec: RowSpec) -> bool:
@@ -167,7 +158,7 @@ def policy_loss_from_logits(
         value, metrics = prepared.objective(unpack(stats, spec.wanted))
 
     def deliver(factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        _multiply_rows(d_logits, factor if row_scale is None else factor * row_scale)
+        ops.scale_rows_(d_logits, factor, row_scale, spec.backend)
         return d_logits, None if d_bias is None else bias_gradient(d_bias * factor, bias)
 
     return GradientInForward.apply("policy_loss_from_logits", value, deliver, logits, bias), metrics

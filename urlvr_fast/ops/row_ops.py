@@ -1,8 +1,9 @@
 """The ops that torch knows, `torch.ops.urlvr_fast.*`: rows of logits to packed statistics, and to the gradient of any mix of them.
 
-`token_stats` carries autograd, `token_stats_backward` makes a new tensor, `token_stats_backward_` writes over the logits;
-`policy_gradient` and `policy_gradient_` make the gradient of a policy loss in the forward. Each runs the kernel package of `backend`
-(see `layout.py`) and has a fake kernel, so torch.compile sees one node. Below them: `statistics` and `gradient`, what the other files call.
+`token_stats` carries autograd, `token_stats_backward` makes a new tensor, `token_stats_backward_` writes over the logits. `policy_gradient`
+and `policy_gradient_` make the gradient of a policy loss in the forward, `scale_rows_` multiplies it in the backward. Each runs the kernel
+package of `backend` (see `layout.py`) and has a fake kernel, so that torch.compile sees one node. Below them: `statistics` and `gradient`,
+what the other files call.
 """
 
 from __future__ import annotations
@@ -131,6 +132,13 @@ def _policy_gradient_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _policy(logits, None, arguments)
 
 
+def _scale_rows_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None, backend: str) -> None:
+    """gradient (…, V) times `factor` (0-d) and, where there is one, a power of two a row. Nothing is read or written where that is 1."""
+    for start, grid in grids(gradient):
+        rows = slice(start, start + grid.shape[0] * grid.shape[1])
+        kernels(backend).scale(grid, factor, None if row_scale is None else row_scale[rows])
+
+
 # ---- the ops ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +178,12 @@ _define(
     f"(Tensor(a!) logits, {_ROWS}, {_LOSS}) -> (Tensor, Tensor)",
     _policy_gradient_,
     lambda logits, *rest: (_packed(logits, STATS), _small(logits, _scale_shape(logits, rest))),
+)
+_define(
+    "scale_rows_",
+    "(Tensor(a!) gradient, Tensor factor, Tensor? row_scale, str backend) -> ()",
+    _scale_rows_,
+    lambda *_: None,
 )
 ops = torch.ops.urlvr_fast
 

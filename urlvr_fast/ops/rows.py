@@ -344,3 +344,12 @@ def _block_gradient(x: Tensor, rows: Rows, stats: Tensor, co: Coefficients, give
         local, here, _ = _local_ids(rows, a, b)
         dx.scatter_add_(1, local[:, None], torch.where(here, co.c[a:b], 0)[:, None])
     return dx
+
+
+def scale(gradient: Tensor, factor: Tensor, row_scale: Tensor | None) -> None:
+    """gradient (A, B, V) times a number, and one a row, in place; 16-bit gradients in fp32 with one rounding."""
+    if row_scale is None and readable(factor) and float(factor) == 1.0:
+        return
+    for a, b, piece in blocks(gradient):
+        by = factor if row_scale is None else (factor * row_scale[a:b])[:, None]
+        piece.copy_(piece.to(accumulation_dtype(piece.dtype)).mul_(by))
