@@ -72,6 +72,10 @@ PAIRS = [
 ]
 
 
+def widen(value):
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
 class Case:
     """Logits and a call with some options on."""
 
@@ -293,7 +297,7 @@ def test_policy_losses(loss_type, old, kl, correction, dtype, backend):
     exact_logits = logits.double().requires_grad_()
     options = LossOptions(**numbers)
     exact = reference.token_stats(exact_logits, ids, temperature=0.8)
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
+    wide = {name: widen(value) for name, value in given.items()}
     rows = reference.loss_rows(options, dtype=torch.float64, **wide)
     wanted, wanted_metrics = reference.policy_objective(exact.logp, exact.entropy, exact.self_certainty, rows, options)
     (exact_gradient,) = torch.autograd.grad(0.5 * wanted, exact_logits)
@@ -321,9 +325,8 @@ def test_policy_gradients_are_those_of_the_statistics(names, inplace, dtype, bac
     fused = case.values.clone().requires_grad_()
     logits = case.logits(fused)
     shape = logits.shape[:-1]
-    for name in ("temperature",):
-        if isinstance(options.get(name), torch.Tensor):
-            options[name] = options[name].view(shape)
+    if isinstance(options.get("temperature"), torch.Tensor):
+        options["temperature"] = options["temperature"].view(shape)
     loss, _ = policy_loss_from_logits(
         logits,
         case.ids.view(shape),
@@ -338,15 +341,39 @@ def test_policy_gradients_are_those_of_the_statistics(names, inplace, dtype, bac
     )
     (d_fused,) = torch.autograd.grad(3.0 * loss, fused)
     apart = case.values.to(case.wide).requires_grad_()
-    stats = token_stats(
-        case.logits(apart), case.ids.view(shape), outputs=("logp", "entropy"), mask=mask.view(shape), backend=backend, **options
-    )
-    rows = reference.loss_rows(
-        LossOptions(entropy_coef=0.1), advantages=advantages, mask=mask, dtype=case.wide, old_logp=old, denominator=3.0
-    )
-    value, _ = reference.policy_objective(stats.logp.flatten(), stats.entropy.flatten(), None, rows, LossOptions(entropy_coef=0.1))
+    call = {"outputs": ("logp", "entropy"), "mask": mask.view(shape), "backend": backend, **options}
+    stats = token_stats(case.logits(apart), case.ids.view(shape), **call)
+    terms = LossOptions(entropy_coef=0.1)
+    rows = reference.loss_rows(terms, advantages=advantages, mask=mask, dtype=case.wide, old_logp=old, denominator=3.0)
+    value, _ = reference.policy_objective(stats.logp.flatten(), stats.entropy.flatten(), None, rows, terms)
     (d_apart,) = torch.autograd.grad(3.0 * value, apart)
     torch.testing.assert_close(3.0 * loss, 3.0 * value)
-    assert (
-        relative(d_fused, d_apart.double()) <= {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
-    )
+    bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+    assert relative(d_fused, d_apart.double()) <= bound
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter would need hours")
+def test_more_than_two_to_the_31_elements():
+    """The last row lies beyond what 32 bits can address; the rest is masked, and must come out as zeros."""
+    v = 151936
+    n = 2**31 // v + 2
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if available < 3 * n * v:
+        pytest.skip(f"needs {3 * n * v / 2**30:.0f} GiB of free memory")
+    leaf = torch.zeros(n, v, dtype=torch.bfloat16, requires_grad=True)
+    logits = leaf.view(n, v)  # some operation produced it, and no second copy exists
+    with torch.no_grad():
+        logits[-1] = torch.randn(v)
+        logits[0, 5] = 1.0
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[-1] = True
+    alone = logits.detach()[-1:].clone().requires_grad_()
+    ids = torch.full((n,), v - 1)
+    stats = token_stats(logits, ids, outputs=("logp", "entropy"), mask=mask, inplace_backward=True)
+    expected = token_stats(alone, ids[:1], outputs=("logp", "entropy"))
+    assert torch.equal(stats.logp[-1:], expected.logp)
+    (stats.logp.sum() + stats.entropy.sum()).backward()
+    (wanted,) = torch.autograd.grad(expected.logp.sum() + expected.entropy.sum(), alone)
+    assert torch.equal(logits.detach()[-1], wanted[0])
+    assert logits.detach()[0, 5] == 0
+    assert int(torch.count_nonzero(logits.detach()[:-1].view(torch.int16)[::97])) == 0

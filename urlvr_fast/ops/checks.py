@@ -56,17 +56,22 @@ def check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> No
 
 
 def _check_ids(ids: Tensor, mask: Tensor | None, columns: int) -> None:
+    if not readable(ids) or len(ids) == 0:
+        return
+    low, high = ids.aminmax()
+    if int(low) >= 0 and int(high) < columns:
+        return
     outside = (ids < 0) | (ids >= columns)
     if mask is not None:
         outside &= mask
-    if readable(ids) and bool(outside.any()):
+    if bool(outside.any()):
         where = int(outside.nonzero()[0])
         raise IndexError(f"ids[{where}] = {int(ids[where])} is not a column of 0..{columns - 1}")
 
 
 def _temperature(temperature: float | Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, mask: Tensor | None):
     if not isinstance(temperature, Tensor):
-        if not (temperature > 0 and math.isfinite(temperature)):
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
         return float(temperature)
     if temperature.dim() == 0:
@@ -145,7 +150,7 @@ def row_spec(
         _check_ids(ids, mask, total)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, not {softcap}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, not {scale}")
     if entropy_support not in ("full", "keep"):
         raise ValueError(f"entropy_support={entropy_support!r} must be 'full' or 'keep'")

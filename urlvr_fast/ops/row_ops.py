@@ -8,6 +8,7 @@ what the other files call.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def _define(name: str, schema: str, run: Any, fake: Any) -> None:
 
 
 def _rows_of(logits: Tensor) -> int:
-    return logits.shape[:-1].numel()
+    return math.prod(logits.shape[:-1])
 
 
 def _pieces(logits: Tensor, columns: int, rows: tuple) -> list[tuple[slice, tuple]]:

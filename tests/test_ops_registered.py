@@ -1,0 +1,115 @@
+"""The ops as torch knows them: opcheck, torch.compile without a graph break, and what autograd may and may not do with them."""
+
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from urlvr_fast import linear_token_stats, policy_loss_from_logits, token_stats
+from urlvr_fast.ops import row_ops  # noqa: F401  (registers the ops)
+from urlvr_fast.ops.layout import LOSS_LINES
+from urlvr_fast.ops.spec import RowSpec
+
+ops = torch.ops.urlvr_fast
+N, V, COLUMNS = 3, 7, 6
+NUMBERS = [0.8, 1.28, math.inf, 0.0, 0.0, 0.0, 5.0, 1.0, 1.05, 3.0, 0.0]
+SPECS = {
+    "plain": {},
+    "everything": {
+        "temperature": torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64),
+        "softcap": 3.0,
+        "scale": 0.7,
+        "mask": torch.tensor([True, False, True]),
+        "keep": (torch.tensor([0, 2, 3, 5]), torch.tensor([0, 1, 1, 2, 3])),
+    },
+}
+
+
+def arguments(backend: str, spec: str, *, grad: bool):
+    rows = RowSpec(wanted=frozenset(["logp", "entropy", "self_certainty"]), ids=torch.tensor([0, 1, 2]), backend=backend, **SPECS[spec])
+    logits = torch.randn(N, V, dtype=torch.float64, requires_grad=grad)
+    bias = torch.randn(COLUMNS, dtype=torch.float64, requires_grad=grad)
+    return logits, bias, *rows.arguments(COLUMNS), COLUMNS, rows.flags, backend
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_opcheck_token_stats(backend, spec):
+    torch.library.opcheck(ops.token_stats.default, arguments(backend, spec, grad=True))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("op", ["token_stats_backward", "token_stats_backward_"])
+@pytest.mark.parametrize("bias_wanted", [False, True])
+def test_opcheck_backward(backend, spec, op, bias_wanted):
+    call = arguments(backend, spec, grad=False)
+    stats, upstream = ops.token_stats(*call), torch.randn(5, N, dtype=torch.float64)
+    torch.library.opcheck(getattr(ops, op).default, (*call, stats, upstream, 0b1101, bias_wanted))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("op", ["policy_gradient", "policy_gradient_"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_opcheck_policy_gradient(spec, op, scaled):
+    loss = (torch.rand(LOSS_LINES, N, dtype=torch.float64), 0, 1, 0, 0, NUMBERS, scaled)
+    torch.library.opcheck(getattr(ops, op).default, (*arguments("cpp", spec, grad=False), *loss))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("row_scale", [None, torch.tensor([1.0, 0.5, 4.0])])
+def test_opcheck_scale_rows(backend, row_scale):
+    torch.library.opcheck(ops.scale_rows_.default, (torch.randn(N, V).half(), torch.tensor(0.5), row_scale, backend))
+
+
+IDS, ADVANTAGES = torch.tensor([0, 1, 2]), torch.tensor([1.0, -1.0, 0.5])
+WEIGHTS = {dtype: torch.randn(5, V).to(dtype) for dtype in (torch.float32, torch.float16)}
+COMPILED = {
+    "token_stats": lambda x: token_stats(x * 1, IDS, outputs=("logp", "entropy", "self_certainty"), temperature=0.7, softcap=3.0),
+    "token_stats in place": lambda x: token_stats(x * 1, IDS, outputs=("logp", "argmax"), inplace_backward=True),
+    "linear_token_stats": lambda x: linear_token_stats(x, WEIGHTS[x.dtype], IDS, outputs=("logp", "entropy")),
+    "policy_loss_from_logits": lambda x: policy_loss_from_logits(x * 1, IDS, advantages=ADVANTAGES, entropy_coef=0.1),
+    "policy_loss_from_logits in place": lambda x: policy_loss_from_logits(x * 1, IDS, advantages=ADVANTAGES, inplace_backward=True),
+}
+
+
+def total(result) -> torch.Tensor:
+    values = [result[0]] if isinstance(result[1], dict) else [v for v in result if v is not None and v.requires_grad]
+    return sum((0.5 * value.sum() for value in values), torch.zeros(()))
+
+
+@pytest.mark.parametrize("engine", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_without_a_graph_break(name, dtype, engine):
+    function = COMPILED[name]
+    values = torch.randn(N, V).to(dtype)
+    eager = values.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(function(eager)), eager)
+    torch.compiler.reset()
+    leaf = values.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(torch.compile(lambda x: total(function(x)), fullgraph=True, backend=engine)(leaf), leaf)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_lengths_do_not_compile_anew():
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    function = torch.compile(
+        lambda x, ids: token_stats(x, ids, outputs=("logp", "entropy")).logp, fullgraph=True, dynamic=True, backend=counter
+    )
+    for n in (3, 5, 8, 13):
+        logits, ids = torch.randn(n, V), torch.randint(0, V, (n,))
+        torch.testing.assert_close(function(logits, ids), logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, -3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_upstream_gradient_multiplies_the_one_made_in_the_forward(dtype, factor):
+    values = torch.randn(N, V).to(dtype)
+    first, second = values.clone().requires_grad_(), values.clone().requires_grad_()
+    (policy_loss_from_logits(first, IDS, advantages=ADVANTAGES)[0] * factor).backward()
+    policy_loss_from_logits(second, IDS, advantages=factor * ADVANTAGES, eps_low=1.0, eps_high=1e9)[0].backward()
+    torch.testing.assert_close(first.grad, second.grad)
