@@ -252,15 +252,18 @@ def _tools() -> Iterator[Check]:
 
 def _backends() -> Iterator[Check]:
     try:
-        from urlvr_fast.ops.backend import available_backends, choose_backend
+        from urlvr_fast.ops.backend import available_backends, choose_backend, instruction_set
     except (ImportError, OSError) as error:
         yield Check("ops", "broken", f"{error}", "pip install 'torch>=2.11'", needed=True, section="op backends")
         return
-    for name, state in available_backends().items():
+    states = available_backends()
+    for name, state in states.items():
         known = state == "available"
-        yield Check(name, "ok" if known else "missing", "" if known else state, section="op backends")
+        detail = state if not known else instruction_set() if name == "cpp" else ""
+        yield Check(name, "ok" if known else "broken" if state.startswith("broken") else "missing", detail, section="op backends")
+    devices = [device for device in ("cpu", "cuda") if device == "cpu" or "not usable" not in states["triton"]]
     try:
-        yield Check("in use", "ok", choose_backend(), needed=True, section="op backends")
+        yield Check("in use", "ok", ", ".join(f"{choose_backend(None, d)} on {d}" for d in devices), needed=True, section="op backends")
     except (RuntimeError, ValueError) as error:
         yield Check("in use", "broken", str(error), "unset URLVR_FAST_BACKEND", needed=True, section="op backends")
 

@@ -9,18 +9,21 @@ Conventions, once for all of them:
   (fp64 for fp64). Gradients have their tensor's dtype and are rounded to it once. Logarithms are natural.
 * x = softcap(logits · scale + bias) / temperature. Statistics and losses are of softmax(x).
 * `mask` is bool, True counts. What a masked row holds never matters; its outputs and gradients are 0.
-* −inf logits are columns of probability 0, gradient exactly 0. A NaN spoils its own row only.
+* −inf logits are columns of probability 0, gradient exactly 0. A NaN spoils its own row only. A row that gets no
+  gradient from upstream has gradient 0, whatever it holds.
 * Derivatives are of first order; asking for a second one raises.
-* On CUDA nothing waits for the device: contents that cannot be checked for that reason (ids, temperatures) make their row NaN. On the
-  CPU they
-  raise. Exceptions: `group_advantages`, and `shard_group` in the torch backend, which learns the sizes of the shards.
-* torch.compile(fullgraph=True) takes token_stats, linear_token_stats and policy_loss. The two ops that make their gradient in the forward
-  differentiate small vectors there, which breaks the graph in the torch backend.
+* A row's bits depend on the row alone: not on the number of rows, threads or programs.
+* On CUDA nothing waits for the device: contents that cannot be checked for that reason (ids, temperatures) make their row NaN. On the CPU
+  they raise. Exceptions: `group_advantages`, and `shard_group` in the torch backend, which learns the sizes of the shards.
+* torch.compile(fullgraph=True) takes token_stats, linear_token_stats, policy_loss and, where one kernel makes the gradient (losses with one
+  term a token, any backend but torch), policy_loss_from_logits. linear_policy_loss, and losses that join the tokens of a sequence,
+  differentiate small vectors in the forward, which breaks the graph.
 * `shard_group`: columns are this rank's slice of the vocabulary, in rank order; ids are global; every rank calls alike.
 * `backend`: see `backend.py`. A backend that cannot be had raises.
 
-Files: `reference.py` defines every op and the loss table in plain torch; `rows.py` (rows of logits) and `head.py` (the lm_head) are what
-the torch backend runs; one file per op checks the arguments, picks the backend and carries autograd.
+Files, from the top down: one file per op checks its arguments and carries autograd; `row_ops.py` registers what torch sees of rows of
+logits, `layout.py` is what goes from there to a kernel package; the packages are `csrc/cpu` and `csrc/cuda`, `kernels/` (Triton) and `rows.py`
+(PyTorch). `head.py` makes the products with the lm_head. `reference.py` defines every op and the loss table in plain torch.
 """
 
 from urlvr_fast.ops.backend import available_backends

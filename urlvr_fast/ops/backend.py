@@ -65,6 +65,11 @@ def available_backends() -> dict[str, str]:
     return {name: _MISSING[name] or ("available" if gpu or _device_of(name) != "cuda" else no_gpu) for name in BACKENDS}
 
 
+def instruction_set() -> str:
+    """The one that the C++ kernels chose on this processor: avx512, avx2 or portable."""
+    return torch.ops.urlvr_fast.cpp_instruction_set("")
+
+
 def choose_backend(backend: str | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """The backend that runs a call on tensors of that device and dtype.
 
