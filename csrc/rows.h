@@ -237,9 +237,7 @@ ROWS_FN R logp_gradient(R logp, const R row[LOSS_LINES], const LossNumbers<R>& n
 // 2^⌊log2 size⌋, and 1 where that is no number above 0: what an fp16 gradient is divided by until the backward.
 template <class R>
 ROWS_FN R power_of_two_below(R size) {
-  if (!(size > 0) || size == infinity<R>()) return 1;
-  R power = std::exp2(std::floor(std::log2(size)));
-  return power > 0 && power < infinity<R>() ? power : R(1);
+  return size > 0 && size < infinity<R>() ? std::ldexp(R(1), std::ilogb(size)) : R(1);
 }
 
 }  // namespace urlvr

@@ -1,0 +1,98 @@
+"""Memory of forward + backward in place beyond the logits: `python -m benches.memory 512 151936 bf16 cpp`, a process of its own.
+
+Two numbers, as neither sees everything: what torch allocated (its profiler counts every block), and by how much the resident memory of the
+process rose at most (which also counts the kernels' own scratch, and pages that are touched for the first time).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benches.data import STATISTICS, Rows, Scenario, produced
+from benches.machine import ROOT
+from benches.peers import Statistics, providers
+
+LIMIT = 4 << 20
+TINY = 64
+
+
+def _forward_backward(run: Statistics, rows: Rows) -> None:
+    logits = produced(rows.logits)
+    values = run(logits, rows.ids, rows.mask)
+    gradient = torch.autograd.grad(values, logits, [rows.upstream[name] for name in STATISTICS])[0]
+    assert gradient.data_ptr() == rows.logits.data_ptr()
+
+
+def _allocated(step: object) -> int:
+    """Largest sum of the blocks that torch held during `step`, in bytes."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def _status(field: str) -> int | None:
+    """A line of /proc/self/status, in bytes."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def _resident(step: object) -> int:
+    """How far the resident memory of the process rose above what it was, at its highest."""
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        before = _status("VmRSS")
+        step()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def measure(scenario: Scenario, backend: str) -> dict:
+    """In this process, which should have done nothing else."""
+    device = torch.device("cuda" if backend in ("triton", "cuda") else "cpu")
+    provider = next(p for p in providers() if p.name == f"urlvr_fast {backend}")
+    run = provider.statistics(STATISTICS, True)
+    for _ in range(2):  # code, thread pools and autograd's own tables are there before anything is counted
+        warm = Rows(Scenario(2 * TINY, scenario.columns if device.type == "cuda" else TINY, scenario.dtype), device)
+        _forward_backward(run, warm)
+    rows = Rows(scenario, device)
+    size = rows.logits.numel() * rows.logits.element_size()
+    found = {"scenario": vars(scenario), "backend": backend, "logits_bytes": size, "limit_bytes": LIMIT}
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _forward_backward(run, rows)
+        return found | {"allocated_bytes": torch.cuda.max_memory_allocated() - before}
+    resident = _resident(lambda: _forward_backward(run, rows))
+    _allocated(lambda: _forward_backward(run, warm))
+    return found | {"allocated_bytes": _allocated(lambda: _forward_backward(run, rows)), "resident_bytes": resident}
+
+
+def in_fresh_process(scenario: Scenario, backend: str) -> dict:
+    arguments = [str(scenario.rows), str(scenario.columns), scenario.dtype, backend]
+    done = subprocess.run([sys.executable, "-m", "benches.memory", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"scenario": vars(scenario), "backend": backend, "absent": done.stderr.strip().splitlines()[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    _rows, _columns, _dtype, _backend = sys.argv[1:]
+    print(json.dumps(measure(Scenario(int(_rows), int(_columns), _dtype), _backend)))

@@ -1,0 +1,848 @@
+"""The CUDA kernels without a GPU: nvcc compiles them for sm_80 and sm_90a with nothing spilled, and g++ compiles the very same bodies for
+the emulated machine of tests/cuda_on_cpu, where they are held against the float64 reference.
+
+`python tests/test_kernels_cuda.py` prints registers and compile seconds of every kernel.
+"""
+
+import ctypes
+import itertools
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from urlvr_fast.ops import reference
+from urlvr_fast.ops.layout import CORRECTIONS, ENTROPY_ON_KEEP, GRADS, HAS_OLD, KL_KINDS, LOSS_LINES, RAW, STATS, LossLine, Stat
+
+ROOT = Path(__file__).resolve().parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+INF, NAN = math.inf, math.nan
+EVERYTHING = (1 << 9) - 1
+DIFFERENTIABLE = ("logp", "lse", "entropy", "self_certainty", "mean_logit")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# --------------------------------------------------------------------------------------------------------------- compiled by nvcc
+
+ARCHITECTURES = ("sm_80", "sm_90a")
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
+
+
+def ptxas_report(source, out):
+    """(stderr, [(kernel, architecture, registers, bytes of stack, bytes of spills)]) of one .cu."""
+    code = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
+    include = Path(torch.__file__).parent / "include"
+    command = ["nvcc", *NVCC_FLAGS, *code, f"-I{include}", "-Xcompiler", "-fPIC,-Wall", "-Xptxas", "-v", "-c", str(source), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    entry = re.compile(
+        r"Compiling entry function '(\S+)' for '(\S+)'\n(?:.*\n)*?.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
+    )
+    log = done.stdout + done.stderr
+    return log, [(m[1], m[2], int(m[6]), int(m[3]), int(m[4]) + int(m[5])) for m in entry.finditer(log)]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH: kernels are compiled where there is a CUDA toolkit")
+def test_every_kernel_compiles_without_spills(tmp_path):
+    sources = sorted(CUDA.glob("*.cu"))
+    assert sources
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda s: ptxas_report(s, tmp_path / (s.stem + ".o")), sources))
+    for source, (log, kernels) in zip(sources, reports, strict=True):
+        assert "warning" not in log, log
+        assert {k[1] for k in kernels} == set(ARCHITECTURES), source
+        for name, architecture, _, stack, spilled in kernels:
+            assert stack == 0, (name, architecture)
+            assert spilled == 0, (name, architecture)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on the PATH")
+def test_the_registration_compiles(tmp_path):
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++20", "-Wall", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{include}"]
+    subprocess.run(["g++", *flags, "-c", str(CUDA / "register.cpp"), "-o", str(tmp_path / "register.o")], check=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- the emulated machine
+
+
+class Arguments(ctypes.Structure):
+    POINTERS = ("bias", "ids", "mask", "temperatures", "crow", "col")
+    _fields_ = (
+        [("logits", ctypes.c_void_p)]
+        + [(name, ctypes.c_int64) for name in ("a", "b", "columns", "outer_stride", "inner_stride")]
+        + [(name, ctypes.c_void_p) for name in POINTERS]
+        + [(name, ctypes.c_double) for name in ("temperature", "softcap", "scale")]
+        + [(name, ctypes.c_int64) for name in ("id_offset", "total", "flags", "dtype")]
+    )
+
+
+class Settings(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("multiprocessors", "clusters", "slice_bytes", "shared_bytes", "seed")]
+
+
+def machine(multiprocessors=1, clusters=0, slice_bytes=72 * 1024, seed=1):
+    """1 multiprocessor: never more than a block to a row. Many: as many as there are segments for."""
+    return Settings(multiprocessors, clusters, slice_bytes, 227 * 1024, seed)
+
+
+def pointer(t):
+    return None if t is None else t.data_ptr()
+
+
+class Kernels:
+    """The functions of a kernel package over the harness."""
+
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+        for name in ("statistics", "gradient", "policy", "scale"):
+            getattr(self.library, f"cuda_{name}").restype = ctypes.c_char_p
+        self.settings = machine()
+
+    def call(self, name, rows, flags, *arguments):
+        logits = rows["logits"]
+        assert logits.stride(-1) == 1 or logits.shape[-1] == 1
+        a, b, v = logits.shape
+        packed = Arguments(logits.data_ptr(), a, b, v, logits.stride(0), logits.stride(1), *(pointer(rows[k]) for k in Arguments.POINTERS))
+        for k in ("temperature", "softcap", "scale", "id_offset", "total"):
+            setattr(packed, k, rows[k])
+        packed.flags, packed.dtype = flags, DTYPES[logits.dtype]
+        error = getattr(self.library, f"cuda_{name}")(ctypes.byref(packed), ctypes.byref(self.settings), *arguments)
+        if error:
+            raise RuntimeError(error.decode())
+
+    def statistics(self, rows, flags=EVERYTHING):
+        out = torch.full((STATS, rows["logits"].shape[:2].numel()), NAN)
+        self.call("statistics", rows, flags, ctypes.c_void_p(out.data_ptr()))
+        return out
+
+    def gradient(self, rows, stats, upstream, given, out, flags=EVERYTHING, bias_grad=None):
+        strides = (ctypes.c_int64(out.stride(0)), ctypes.c_int64(out.stride(1)))
+        vectors = (ctypes.c_void_p(stats.data_ptr()), ctypes.c_void_p(upstream.data_ptr()))
+        data = ctypes.c_void_p(out.data_ptr())
+        self.call("gradient", rows, flags, *vectors, ctypes.c_int64(given), data, *strides, ctypes.c_void_p(pointer(bias_grad)))
+        return out
+
+    def policy(self, rows, loss, out, flags, present=0, kinds=(0, 0, 0), numbers=None, row_scale=None):
+        stats = torch.full((STATS, loss.shape[1]), NAN)
+        way = ctypes.c_int64(-1)
+        values = (ctypes.c_double * 11)(*numbers)
+        strides = (ctypes.c_int64(out.stride(0)), ctypes.c_int64(out.stride(1)))
+        integers = [ctypes.c_int64(i) for i in (present, *kinds)]
+        tensors = (ctypes.c_void_p(stats.data_ptr()), ctypes.c_void_p(out.data_ptr()), *strides, ctypes.c_void_p(pointer(row_scale)))
+        self.call("policy", rows, flags, ctypes.c_void_p(loss.data_ptr()), *integers, values, *tensors, ctypes.byref(way))
+        return stats, way.value
+
+    def scale(self, gradient, factor, row_scale=None):
+        by = torch.tensor([factor])
+        self.call("scale", rows_of(gradient), 0, ctypes.c_void_p(by.data_ptr()), ctypes.c_void_p(pointer(row_scale)))
+
+
+def build_harness(folder):
+    out = Path(folder) / "cuda_on_cpu.so"
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
+    harness = ROOT / "tests" / "cuda_on_cpu"
+    subprocess.run(["g++", *flags, f"-I{harness}", str(harness / "harness.cpp"), "-o", str(out)], check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on the PATH: the emulated machine cannot be built")
+    return build_harness(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture
+def kernels(library):
+    return Kernels(library)
+
+
+def rows_of(logits, **options):
+    rows = dict.fromkeys(Arguments.POINTERS)
+    rows.update(logits=logits, temperature=1.0, softcap=0.0, scale=1.0, id_offset=0, total=logits.shape[-1])
+    rows.update(options)
+    return rows
+
+
+def random_logits(a, b, v, dtype=torch.float32, seed=1, size=3.0):
+    return (torch.randn(a, b, v, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+
+
+def placed(logits, offset, gap, fill=NAN):
+    """The same numbers `offset` elements behind a 16-byte boundary, rows `gap` elements apart; returns the memory too."""
+    a, b, v = logits.shape
+    memory = torch.full(((a + 1) * (b + 1) * (v + gap) + offset + 64,), fill, dtype=logits.dtype)
+    view = memory.as_strided(logits.shape, ((b + 1) * (v + gap), v + gap, 1), offset)
+    view.copy_(logits)
+    return view, memory
+
+
+def random_ids(n, v, seed=2):
+    return torch.randint(v, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def keep_sets(n, v, ids, share=0.3, seed=3, first=0):
+    """Random CSR keep sets, each with its row's id and in no order; `crow` begins at `first`."""
+    g = torch.Generator().manual_seed(seed)
+    columns, lengths = [], []
+    for row in range(n):
+        kept = torch.rand(v, generator=g) < share
+        kept[ids[row]] = True
+        entries = kept.nonzero()[:, 0]
+        columns.append(entries[torch.randperm(len(entries), generator=g)])
+        lengths.append(len(entries))
+    crow = torch.tensor([0, *itertools.accumulate(lengths)]) + first
+    return crow, torch.cat([torch.zeros(first, dtype=torch.int64), *columns])
+
+
+def options_of(rows):
+    """The same options for the reference."""
+    temperature = rows["temperatures"] if rows["temperatures"] is not None else rows["temperature"]
+    options = {"temperature": temperature.double() if isinstance(temperature, torch.Tensor) else temperature}
+    options.update(softcap=rows["softcap"] or None, scale=rows["scale"], mask=rows["mask"])
+    options["bias"] = None if rows["bias"] is None else rows["bias"].double()
+    if rows["crow"] is not None:
+        first = int(rows["crow"][0])
+        options["keep"] = rows["crow"] - first, rows["col"][first : int(rows["crow"][-1])]
+    return options
+
+
+def expected_stats(rows, flags=EVERYTHING, logits=None):
+    flat = rows["logits"].reshape(-1, rows["logits"].shape[-1]).double() if logits is None else logits
+    support = "keep" if flags & ENTROPY_ON_KEEP else "full"
+    return reference.token_stats(flat, rows["ids"], entropy_support=support, **options_of(rows))
+
+
+def largest_x(rows):
+    """(N,) |x|max of each row, 0 where there is none."""
+    options = {k: v for k, v in options_of(rows).items() if k in ("temperature", "softcap", "scale", "bias")}
+    x = reference.scaled_logits(rows["logits"].reshape(-1, rows["logits"].shape[-1]).double(), **options)
+    return torch.where(x.isfinite(), x.abs(), 0).amax(-1)
+
+
+def ulp(x):
+    _, exponent = torch.frexp(x.double())
+    return torch.ldexp(torch.ones_like(x, dtype=torch.float64), exponent - 24)
+
+
+def assert_stats(got, rows, flags=EVERYTHING):
+    want, size = expected_stats(rows, flags), largest_x(rows)
+    for line, name in enumerate(reference.TokenStats._fields):
+        expected = getattr(want, name)
+        if expected is None:
+            continue
+        actual, expected = got[line].double(), expected.double()
+        if rows["mask"] is not None:
+            expected = torch.where(rows["mask"], expected, 0)
+        bound = 2e-6 + 2 * ulp(torch.maximum(size, torch.where(expected.isfinite(), expected.abs(), 0)))
+        same = (actual == expected) | (actual.isnan() & expected.isnan())
+        wrong = ~(same | ((actual - expected).abs() <= bound))
+        assert not wrong.any(), (name, actual[wrong], expected[wrong], bound[wrong])
+
+
+# --------------------------------------------------------------------------------------------------------------- statistics
+
+A, B = 2, 3
+N = A * B
+
+
+def option_cases(v):
+    ids = random_ids(N, v)
+    bias = torch.randn(v, generator=torch.Generator().manual_seed(5))
+    temperatures = torch.linspace(0.6, 1.7, N)
+    crow, col = keep_sets(N, v, ids, first=7)
+    mask = torch.tensor([True, False, True, True, False, True])
+    cases = {
+        "plain": {},
+        "temperature": {"temperature": 0.7, "scale": 1.3},
+        "temperatures": {"temperatures": temperatures},
+        "bias": {"bias": bias, "temperature": 1.2},
+        "softcap": {"softcap": 5.0},
+        "negative_scale": {"scale": -0.8},
+        "mask": {"mask": mask},
+        "keep": {"crow": crow, "col": col},
+        "everything": {
+            "bias": bias, "temperatures": temperatures, "softcap": 7.0, "scale": 0.9, "mask": mask, "crow": crow, "col": col,
+        },
+    }  # fmt: skip
+    return {name: {"ids": ids, **case} for name, case in cases.items()}
+
+
+CASES = list(option_cases(4))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_match_the_reference(kernels, dtype, case):
+    v = 2500 if case != "everything" else 1300
+    rows = rows_of(random_logits(A, B, v, dtype), **option_cases(v)[case])
+    assert_stats(kernels.statistics(rows), rows)
+    if rows["crow"] is not None:
+        flags = EVERYTHING | ENTROPY_ON_KEEP
+        assert_stats(kernels.statistics(rows, flags), rows, flags)
+
+
+@pytest.mark.parametrize("v", [1, 2, 7, 8, 31, 1023, 1024, 1025, 2047, 2048, 2049, 4099, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_columns(kernels, dtype, v):
+    rows = rows_of(random_logits(1, 2, v, dtype), ids=random_ids(2, v))
+    assert_stats(kernels.statistics(rows), rows)
+
+
+def test_no_rows(kernels):
+    assert kernels.statistics(rows_of(random_logits(0, 3, 9), ids=torch.zeros(0, dtype=torch.int64))).shape == (STATS, 0)
+
+
+@pytest.mark.parametrize("wanted", [("logp",), ("logp", "entropy"), ("self_certainty", "mean_logit"), ("prob_gap", "sum_p2", "argmax")])
+def test_only_what_is_asked_for(kernels, wanted):
+    """A line that was asked for has the bits that it has among all the others."""
+    rows = rows_of(random_logits(A, B, 3000), ids=random_ids(N, 3000))
+    everything = kernels.statistics(rows)
+    lines = [Stat[name.upper()] for name in wanted]
+    got = kernels.statistics(rows, sum(1 << line for line in lines))
+    for line in (*lines, Stat.LSE, Stat.ROW_MAX, Stat.LOG_S):
+        assert torch.equal(got[line], everything[line])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_alignment_strides_or_batch(kernels, dtype):
+    v = 4500
+    logits = random_logits(A, B, v, dtype)
+    ids = random_ids(N, v)
+    want = kernels.statistics(rows_of(logits, ids=ids))
+    for offset, gap in ((0, 0), (1, 0), (3, 5), (6, 3), (7, 16), (5, 1)):
+        view, _ = placed(logits, offset, gap)
+        assert torch.equal(kernels.statistics(rows_of(view, ids=ids)), want), (offset, gap)
+    for n in range(N):
+        one = logits.reshape(N, 1, v)[n : n + 1]
+        assert torch.equal(kernels.statistics(rows_of(one, ids=ids[n : n + 1]))[:, 0], want[:, n])
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_splitting_a_row_over_blocks_does_not_change_its_bits(kernels, dtype, general):
+    v = 33 * (2048 if dtype == torch.bfloat16 and not general else 1024) + 5
+    ids = random_ids(2, v)
+    crow, col = keep_sets(2, v, ids, share=0.02)
+    rows = rows_of(random_logits(1, 2, v, dtype), ids=ids, crow=crow, col=col, softcap=20.0 * general)
+    whole = kernels.statistics(rows)
+    kernels.settings = machine(multiprocessors=100)
+    assert torch.equal(kernels.statistics(rows), whole)
+    kernels.settings = machine(multiprocessors=1, seed=5)
+    assert torch.equal(kernels.statistics(rows), whole)
+    assert_stats(whole, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_minus_infinity_nan_and_what_is_no_number(kernels, dtype):
+    v = 5000
+    logits = random_logits(2, 4, v, dtype)
+    flat = logits.view(8, v)
+    flat[0, ::2] = -INF
+    flat[1, :4200] = -INF  # whole segments
+    flat[2, 1:] = -INF  # one column left
+    flat[3] = -INF
+    flat[4, 17] = NAN
+    flat[5, 4999] = NAN
+    flat[5, :4999] = -INF
+    ids = random_ids(8, v)
+    ids[1], ids[2] = 4500, 0
+    ids[0] = 4  # a column of −inf
+    rows = rows_of(logits, ids=ids)
+    got = kernels.statistics(rows)
+    assert_stats(got, rows)
+    assert got[Stat.LOGP, 0] == -INF
+    assert got[Stat.LOGP, 4].isnan()
+
+
+def test_ids_and_temperatures_that_do_not_exist(kernels):
+    v = 300
+    logits = random_logits(2, 3, v)
+    ids = torch.tensor([5, -1, v, 5, 5, 10**12])
+    mask = torch.tensor([True, True, True, True, True, False])
+    temperatures = torch.tensor([1.0, 1.0, 1.0, 0.0, -2.0, NAN])
+    got = kernels.statistics(rows_of(logits, ids=ids, mask=mask, temperatures=temperatures))
+    assert got[: Stat.ARGMAX, 1:5].isnan().all()
+    assert (got[Stat.ARGMAX, 1:5] == -1).all()
+    assert got[:9, 0].isfinite().all()
+    assert (got[:, 5] == 0).all()
+
+
+def test_ties_and_offsets(kernels):
+    v = 3000
+    logits = random_logits(1, 3, v).to(torch.float32)
+    logits[0, 0, [1500, 40, 2999]] = 50.0
+    logits[0, 1] = 0.0
+    logits[0, 2] += 5000
+    rows = rows_of(logits, ids=random_ids(3, v))
+    got = kernels.statistics(rows)
+    assert_stats(got, rows)
+    assert got[Stat.ARGMAX].tolist()[:2] == [40, 0]
+    assert got[Stat.PROB_GAP].tolist()[:2] == [0, 0]
+
+
+# --------------------------------------------------------------------------------------------------------------- gradient
+
+
+def upstream_of(n, names, seed=9):
+    g = torch.full((GRADS, n), NAN)
+    given = 0
+    for name in names:
+        g[Stat[name.upper()]] = torch.randn(n, generator=torch.Generator().manual_seed(seed + Stat[name.upper()]))
+        given |= 1 << Stat[name.upper()]
+    return g, given
+
+
+def expected_gradient(rows, upstream, given, flags=EVERYTHING):
+    """d Σ g · statistic / d logits in float64, and by the bias."""
+    v = rows["logits"].shape[-1]
+    logits = rows["logits"].reshape(-1, v).double().requires_grad_()
+    bias = None if rows["bias"] is None else rows["bias"].double().requires_grad_()
+    stats = expected_stats({**rows, "bias": bias}, flags, logits)
+    loss = logits.sum() * 0 if not given else 0
+    for name in DIFFERENTIABLE:
+        if given >> Stat[name.upper()] & 1:
+            loss = loss + (upstream[Stat[name.upper()]].double() * getattr(stats, name)).sum()
+    loss.backward()
+    return logits.grad.view(rows["logits"].shape), None if bias is None else bias.grad
+
+
+def assert_gradient(got, want):
+    got = got.double()
+    assert (got[want == 0] == 0).all()
+    bound = 1e-5 if got.dtype == torch.float32 else 5e-3
+    assert (got - want).norm() <= bound * want.norm() + 1e-30, (got - want).norm() / want.norm()
+
+
+def run_gradient(kernels, rows, names, flags=EVERYTHING, out=None, bias=False):
+    upstream, given = upstream_of(rows["logits"].shape[:2].numel(), names)
+    stats = kernels.statistics(rows, flags)
+    out = torch.full(rows["logits"].shape, NAN, dtype=rows["logits"].dtype) if out is None else out
+    bias_grad = torch.ones(rows["logits"].shape[-1]) if bias else None
+    kernels.gradient(rows, stats, upstream, given, out, flags, bias_grad)
+    return out, upstream, given, bias_grad
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_matches_the_reference(kernels, dtype, case):
+    v = 1300
+    rows = rows_of(random_logits(A, B, v, dtype), **option_cases(v)[case])
+    for flags in (EVERYTHING, EVERYTHING | ENTROPY_ON_KEEP) if rows["crow"] is not None else (EVERYTHING,):
+        for names in (("logp",), ("entropy",), DIFFERENTIABLE):
+            out, upstream, given, bias_grad = run_gradient(kernels, rows, names, flags, bias=rows["bias"] is not None)
+            want, want_bias = expected_gradient(rows, upstream, given, flags)
+            assert_gradient(out.float() if dtype == torch.float32 else out, want) if dtype == torch.float32 else assert_rounded(out, want)
+            if bias_grad is not None:
+                assert (bias_grad.double() - 1 - want_bias).norm() <= 1e-5 * want_bias.norm()
+
+
+def assert_rounded(got, want):
+    """16-bit gradients: the float64 ones but for one rounding and fp32's errors; 0 where they are."""
+    assert (got[want == 0] == 0).all()
+    _, exponent = torch.frexp(want)
+    if got.dtype == torch.bfloat16:
+        half = torch.ldexp(torch.ones_like(want), exponent - 9)
+    else:
+        half = torch.ldexp(torch.ones_like(want), (exponent - 12).clamp(min=-25))
+    error = (got.double() - want).abs()
+    assert (error <= half + 1e-5 * want.abs() + 1e-7 * want.abs().amax()).all(), (error - half).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_gradients_are_the_fp32_gradient_rounded_once(kernels, dtype):
+    v = 2100
+    ids = random_ids(N, v)
+    crow, col = keep_sets(N, v, ids)
+    rows = rows_of(random_logits(A, B, v, dtype), ids=ids, crow=crow, col=col)
+    stats = kernels.statistics(rows)
+    upstream, given = upstream_of(N, DIFFERENTIABLE)
+    out = kernels.gradient(rows, stats, upstream, given, torch.empty_like(rows["logits"]))
+    wide = {**rows, "logits": rows["logits"].float()}
+    assert torch.equal(out, kernels.gradient(wide, stats, upstream, given, torch.empty_like(wide["logits"])).to(dtype))
+
+
+@pytest.mark.parametrize("case", ["keep", "everything"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_and_strided_gradients_have_the_same_bits(kernels, dtype, case):
+    v = 1301
+    options = option_cases(v)[case]
+    logits = random_logits(A, B, v, dtype)
+    want, upstream, given, _ = run_gradient(kernels, rows_of(logits, **options), DIFFERENTIABLE)
+    for offset, gap, out_offset, out_gap in ((0, 0, 1, 3), (5, 1, 0, 0), (3, 2, 3, 2), (2, 0, 7, 8)):
+        view, _ = placed(logits, offset, gap)
+        rows = rows_of(view, **options)
+        out, memory = placed(torch.zeros_like(logits), out_offset, out_gap, fill=777.0)
+        run_gradient(kernels, rows, DIFFERENTIABLE, out=out)
+        assert torch.equal(out, want)
+        out.fill_(777.0)
+        assert (memory == 777.0).all()  # nothing beside the rows was written
+        inside, memory = placed(logits, offset, gap, fill=777.0)
+        stats = kernels.statistics(rows)
+        kernels.gradient({**rows, "logits": inside}, stats, upstream, given, inside)
+        assert torch.equal(inside, want)
+        inside.fill_(777.0)
+        assert (memory == 777.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_split_over_blocks_has_the_same_bits(kernels, dtype):
+    v = 33 * (2048 if dtype == torch.bfloat16 else 1024) + 5
+    ids = random_ids(2, v)
+    crow, col = keep_sets(2, v, ids, share=0.02)
+    rows = rows_of(random_logits(1, 2, v, dtype), ids=ids, crow=crow, col=col)
+    whole, upstream, given, _ = run_gradient(kernels, rows, DIFFERENTIABLE)
+    kernels.settings = machine(multiprocessors=100)
+    assert torch.equal(run_gradient(kernels, rows, DIFFERENTIABLE)[0], whole)
+    want, _ = expected_gradient(rows, upstream, given)
+    assert_gradient(whole, want) if dtype == torch.float32 else assert_rounded(whole, want)
+
+
+def test_gradient_of_minus_infinity_nan_and_dead_rows(kernels):
+    v = 2500
+    logits = random_logits(2, 4, v)
+    flat = logits.view(8, v)
+    flat[0, ::2] = -INF
+    flat[1] = -INF
+    flat[2, 5] = NAN
+    flat[3, 5] = NAN
+    mask = torch.tensor([True, True, True, False, True, True, True, True])
+    ids = random_ids(8, v) | 1
+    ids[7] = -3
+    upstream, given = upstream_of(8, DIFFERENTIABLE)
+    upstream[:, 4] = 0
+    rows = rows_of(logits, ids=ids, mask=mask)
+    stats = kernels.statistics(rows)
+    stats[:, 3] = NAN  # of a masked row nothing is read
+    upstream[:, 3] = NAN
+    out = kernels.gradient(rows, stats, upstream, given, torch.full_like(logits, NAN)).view(8, v)
+    assert (out[0, ::2] == 0).all()
+    assert (out[[1, 3, 4]] == 0).all()
+    assert out[[2, 7]].isnan().any(1).all()
+    assert out[[0, 5, 6]].isfinite().all()
+    kept = torch.tensor([0, 5, 6])
+    some = rows_of(logits.view(8, 1, v)[kept], ids=ids[kept])
+    want, _ = expected_gradient(some, upstream[:, kept], given)
+    finite = out[kept].view(want.shape)
+    assert (finite.double() - want.nan_to_num(0)).norm() <= 1e-5 * want.nan_to_num(0).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_by_the_bias_over_many_rows(kernels, dtype):
+    """More rows than are staged at a time; more columns than a block has."""
+    n, v = 150, 270
+    ids = random_ids(n, v)
+    crow, col = keep_sets(n, v, ids)
+    bias = torch.randn(v, generator=torch.Generator().manual_seed(5))
+    rows = rows_of(random_logits(n, 1, v, dtype), ids=ids, crow=crow, col=col, bias=bias, softcap=6.0, mask=ids % 5 != 0, scale=0.7)
+    _, upstream, given, bias_grad = run_gradient(kernels, rows, DIFFERENTIABLE, bias=True)
+    _, want = expected_gradient(rows, upstream, given)
+    assert (bias_grad.double() - 1 - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradient_with_a_large_common_offset(kernels, temperature):
+    v = 3000
+    logits = random_logits(1, 2, v) + 5000
+    rows = rows_of(logits, ids=random_ids(2, v), temperature=temperature)
+    out, upstream, given, _ = run_gradient(kernels, rows, ("logp", "lse", "entropy", "self_certainty"))
+    assert_gradient(out, expected_gradient(rows, upstream, given)[0])
+
+
+# --------------------------------------------------------------------------------------------------------------- vocabulary shards
+
+
+def merged(parts):
+    """What the shards' sums amount to, in float64: (m, s, t, total, finite, x_id, s2, second, argmax, keep m, s, t, count)."""
+    p = torch.stack(parts).double()
+    m, keep_m = p[:, 0].amax(0), p[:, 10].amax(0)
+    w, shift = (p[:, 0] - m).exp(), (p[:, 0] - m).clamp(min=-1e20)
+    kw, keep_shift = (p[:, 10] - keep_m).exp(), (p[:, 10] - keep_m).clamp(min=-1e20)
+    out = {"m": m, "s": (w * p[:, 1]).sum(0), "t": (w * (p[:, 2] + shift * p[:, 1])).sum(0)}
+    out["total"], out["finite"] = (p[:, 3] + shift * p[:, 4]).sum(0), p[:, 4].sum(0)
+    out["x_id"], out["bad_id"], out["s2"] = p[:, 5].amax(0), p[:, 6].amax(0), (w * w * p[:, 7]).sum(0)
+    out["second"] = torch.cat([p[:, 0], p[:, 8]]).topk(2, dim=0).values[1]
+    out["argmax"] = p[:, 9].gather(0, p[:, 0].argmax(0, keepdim=True))[0]
+    out["keep_m"], out["keep_s"] = keep_m, (kw * p[:, 11]).sum(0)
+    out["keep_t"], out["keep_id"] = (kw * (p[:, 12] + keep_shift * p[:, 11])).sum(0), p[:, 13].sum(0)
+    return out
+
+
+def packed_stats(x, want):
+    """The packed statistics that the merged sums stand for, as the gradient wants them."""
+    stats = torch.full((STATS, len(x["m"])), NAN, dtype=torch.float64)
+    log_s, keep_log_s = x["s"].log(), x["keep_s"].log()
+    stats[Stat.LOGP] = x["x_id"] - x["keep_m"] - keep_log_s
+    stats[Stat.ENTROPY], stats[Stat.ROW_MAX], stats[Stat.LOG_S] = log_s - x["t"] / x["s"], x["m"], log_s
+    stats[Stat.FINITE], stats[Stat.KEEP_LOG_S] = x["finite"], x["keep_m"] - x["m"] + keep_log_s
+    stats[Stat.ID_COUNTS] = 1
+    for line, value in ((Stat.LOGP, want.logp), (Stat.ENTROPY, want.entropy)):
+        assert torch.allclose(stats[line], value, atol=1e-5)
+    return stats.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shards_hand_out_sums_and_take_their_own_columns_of_the_gradient(kernels, dtype):
+    v, cuts = 5000, (0, 1200, 1201, 5000)
+    ids = random_ids(N, v)
+    crow, col = keep_sets(N, v, ids, share=0.1)
+    logits = random_logits(A, B, v, dtype)
+    logits[0, 0, :1300] = -INF
+    ids[0] = int(col[(col[: crow[1]] > 1300).nonzero()[0, 0]])
+    whole = rows_of(logits, ids=ids, crow=crow, col=col, temperature=0.8)
+    want = expected_stats(whole)
+    shards = [{**whole, "logits": logits[..., a:b], "id_offset": a} for a, b in itertools.pairwise(cuts)]
+    x = merged([kernels.statistics(shard, EVERYTHING | RAW) for shard in shards])
+    assert (x["bad_id"] == 0).all()
+    assert torch.equal(x["argmax"].long(), want.argmax)
+    assert torch.allclose(x["m"] + x["s"].log(), want.lse, atol=1e-5)
+    assert torch.allclose(x["s2"] / x["s"] ** 2, want.sum_p2, atol=1e-6)
+    assert torch.allclose((1 - (x["second"] - x["m"]).exp()) / x["s"], want.prob_gap, atol=1e-6)
+    assert torch.allclose(x["m"] + x["total"] / x["finite"], want.mean_logit, atol=1e-5)
+    assert torch.equal(x["keep_id"], torch.ones(N, dtype=torch.float64))
+    stats = packed_stats(x, want)
+    upstream, given = upstream_of(N, DIFFERENTIABLE)
+    parts = [kernels.gradient(shard, stats, upstream, given, torch.full_like(shard["logits"], NAN)) for shard in shards]
+    gradient, expected = torch.cat(parts, -1), expected_gradient(whole, upstream, given)[0]
+    expected = torch.where(logits == -INF, 0, expected)
+    assert_gradient(gradient, expected) if dtype == torch.float32 else assert_rounded(gradient, expected)
+
+
+# --------------------------------------------------------------------------------------------------------------- policy
+
+LOSSES = {"reinforce": 0, "dapo": 1, "cispo": 2, "sapo": 3}
+WAYS = {"cluster": machine(clusters=1, slice_bytes=15 * 1024), "twice": machine(), "one after the other": machine(multiprocessors=1000)}
+
+
+def loss_numbers(options):
+    log_delta = INF if options.delta is None else math.log(options.delta)
+    clip = [1 - options.eps_low, 1 + options.eps_high, log_delta, options.beta, options.entropy_coef, options.self_certainty_coef]
+    return [*clip, options.ratio_cap, options.tau_pos, options.tau_neg, options.rollout_cap, options.rollout_floor]
+
+
+def loss_case(rows, options, kl, correction, has_old, seed=11):
+    """Loss lines whose ratios lie on all sides of every threshold, and the loss as a function of float64 logits."""
+    g = torch.Generator().manual_seed(seed)
+    stats = expected_stats(rows)
+    n = len(stats.logp)
+    logp = torch.where(stats.logp.isfinite(), stats.logp, -1)
+    lines = torch.full((LOSS_LINES, n), NAN)
+    lines[LossLine.ADVANTAGE] = torch.randn(n, generator=g)
+    lines[LossLine.WEIGHT] = torch.rand(n, generator=g) / 100
+    lines[LossLine.REGULARISER] = torch.rand(n, generator=g) / 100
+    old = (logp + torch.randn(n, generator=g) * 0.7).float()
+    ref = (logp + torch.randn(n, generator=g)).float()
+    rollout = (logp + torch.randn(n, generator=g)).float()
+    if has_old:
+        lines[LossLine.OLD] = old
+    if kl is not None:
+        lines[LossLine.REF] = ref
+    if correction is not None:
+        lines[LossLine.ROLLOUT] = old - rollout if has_old else rollout
+    live = torch.ones(n, dtype=torch.bool) if rows["mask"] is None else rows["mask"]
+    loss_rows = reference.LossRows(
+        advantages=lines[LossLine.ADVANTAGE].double(),
+        mask=live,
+        live=live,
+        weight=lines[LossLine.WEIGHT].double(),
+        regulariser_weight=lines[LossLine.REGULARISER].double(),
+        old_logp=old.double() if has_old else None,
+        ref_logp=ref.double() if kl is not None else None,
+        rollout_logp=rollout.double() if correction is not None else None,
+        log_rollout_weight=(old - rollout).double() if correction is not None and has_old else None,
+    )
+
+    def loss(logits):
+        stats = expected_stats(rows, logits=logits)
+        return reference.policy_objective(stats.logp, stats.entropy, stats.self_certainty, loss_rows, options)[0]
+
+    return lines, loss
+
+
+def policy_flags(options):
+    flags = 1 << Stat.LOGP
+    flags |= (1 << Stat.ENTROPY) * (options.entropy_coef != 0)
+    return flags | (1 << Stat.SELF_CERTAINTY) * (options.self_certainty_coef != 0)
+
+
+def run_policy(kernels, rows, options, kl, correction, has_old, out=None, row_scale=None, seed=11):
+    lines, loss = loss_case(rows, options, kl, correction, has_old, seed)
+    kinds = (LOSSES[options.loss_type], KL_KINDS[kl], CORRECTIONS[correction])
+    out = torch.full(rows["logits"].shape, NAN, dtype=rows["logits"].dtype) if out is None else out
+    present, numbers = HAS_OLD * has_old, loss_numbers(options)
+    stats, way = kernels.policy(rows, lines, out, policy_flags(options), present, kinds, numbers, row_scale)
+    return out, stats, way, loss
+
+
+def expected_policy_gradient(rows, loss):
+    logits = rows["logits"].reshape(-1, rows["logits"].shape[-1]).double().requires_grad_()
+    loss(logits).backward()
+    return logits.grad.view(rows["logits"].shape)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_policy_loss(kernels, loss_type):
+    v = 70
+    rows = rows_of(random_logits(4, 12, v, size=1.5), ids=random_ids(48, v))
+    for kl, correction, has_old in itertools.product(KL_KINDS, CORRECTIONS, (False, True)):
+        delta = 2.0 if loss_type == "dapo" and has_old else None
+        more = {"kl": kl, "beta": 0.3} if kl else {}
+        more |= {"entropy_coef": 0.2, "self_certainty_coef": -0.1} if correction == "mask" else {}
+        options = reference.LossOptions(
+            loss_type=loss_type, delta=delta, ratio_cap=1.5, rollout_correction=correction, rollout_floor=0.3, rollout_cap=1.6, **more
+        )
+        out, _, _, loss = run_policy(kernels, rows, options, kl, correction, has_old)
+        assert_gradient(out, expected_policy_gradient(rows, loss))
+
+
+REGULARISED = reference.LossOptions(kl="k3", beta=0.1, entropy_coef=0.3, self_certainty_coef=0.2, rollout_correction="truncate")
+
+
+@pytest.mark.parametrize("case", ["plain", "keep", "everything", "temperatures"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_ways_of_the_policy_loss_have_the_same_bits(kernels, dtype, case):
+    general = case == "everything"
+    v = 8 * (2048 if dtype != torch.float32 and not general else 1024) + 813
+    rows = rows_of(random_logits(A, B, v, dtype), **option_cases(v)[case])
+    results = {}
+    for name, settings in WAYS.items():
+        kernels.settings = settings
+        scale = torch.full((N,), NAN) if dtype == torch.float16 else None
+        out, stats, way, loss = run_policy(kernels, rows, REGULARISED, "k3", "truncate", True, row_scale=scale)
+        assert way == {"twice": 1, "one after the other": 2}.get(name, way)
+        assert name != "cluster" or way >= 20, way
+        results[name] = out, stats, torch.zeros(0) if scale is None else scale
+    for other in ("twice", "one after the other"):
+        for a, b in zip(results["cluster"], results[other], strict=True):
+            assert torch.equal(a, b), other
+    out, stats, scale = results["cluster"]
+    want = expected_policy_gradient(rows, loss)
+    if dtype == torch.float16:
+        live = torch.ones(N, dtype=torch.bool) if rows["mask"] is None else rows["mask"]
+        assert (scale[~live] == 1).all()
+        assert torch.equal(scale.log2(), scale.log2().round())
+        want = want / scale.double().view(A, B, 1)
+    assert_gradient(out, want) if dtype == torch.float32 else assert_rounded(out, want)
+    assert torch.equal(stats, kernels.statistics(rows, policy_flags(REGULARISED)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_policy_loss_in_place_and_at_any_alignment(kernels, dtype, way):
+    kernels.settings = WAYS[way]
+    v = 8 * (2048 if dtype != torch.float32 else 1024) + 3
+    ids = random_ids(4, v)
+    crow, col = keep_sets(4, v, ids, share=0.05)
+    options = {"ids": ids, "crow": crow, "col": col, "mask": torch.tensor([True, True, False, True])}
+    logits = random_logits(2, 2, v, dtype)
+    want, stats, _, _ = run_policy(kernels, rows_of(logits, **options), REGULARISED, "k3", "truncate", True)
+    for offset, gap in ((1, 0), (3, 2), (6, 1)):
+        inside, memory = placed(logits, offset, gap, fill=777.0)
+        out, _ = placed(torch.zeros_like(logits), 5, 3)
+        again = run_policy(kernels, rows_of(inside, **options), REGULARISED, "k3", "truncate", True, out=out)
+        assert torch.equal(again[0], want)
+        assert torch.equal(again[1], stats)
+        again = run_policy(kernels, rows_of(inside, **options), REGULARISED, "k3", "truncate", True, out=inside)
+        assert torch.equal(inside, want)
+        assert torch.equal(again[1], stats)
+        inside.fill_(777.0)
+        assert (memory == 777.0).all()
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_order_in_which_threads_run_does_not_matter(kernels, way, seed):
+    v = 8 * 1024 + 100
+    ids = random_ids(2, v)
+    crow, col = keep_sets(2, v, ids, share=0.05)
+    results = []
+    for chance in (0, seed):  # 0: the youngest first
+        kernels.settings = Settings.from_buffer_copy(WAYS[way])
+        kernels.settings.seed = chance
+        logits = random_logits(1, 2, v)  # anew, for the gradient takes its place
+        rows = rows_of(logits, ids=ids, crow=crow, col=col)
+        out, stats, _, _ = run_policy(kernels, rows, REGULARISED, "k3", "truncate", True, out=logits)
+        results.append((out, stats))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_policy_rows_that_are_dead_or_no_numbers(kernels, way):
+    kernels.settings = WAYS[way]
+    v = 8 * 1024 + 9
+    logits = random_logits(1, 5, v)
+    logits[0, 0, ::3] = -INF
+    logits[0, 1] = -INF
+    logits[0, 2, 8000] = NAN
+    ids = torch.tensor([1, 1, 1, 1, v])
+    rows = rows_of(logits, ids=ids)
+    lines = torch.ones(LOSS_LINES, 5)
+    lines[LossLine.ADVANTAGE, 3] = 0
+    out = torch.full_like(logits, NAN)
+    options = reference.LossOptions()
+    stats, _ = kernels.policy(rows, lines, out, 1 << Stat.LOGP, 0, (1, 0, 0), loss_numbers(options))
+    assert (out[0, 0, ::3] == 0).all()
+    assert out[0, 0].isfinite().all()
+    assert (out[0, [1, 3]] == 0).all()
+    assert out[0, 2].isnan().all()
+    assert out[0, 4].isnan().all()
+    assert stats[Stat.LOGP].isfinite().tolist() == [True, False, False, True, False]
+
+
+def test_a_cluster_takes_as_many_blocks_as_the_row_needs(kernels):
+    v = 9000
+    rows = rows_of(random_logits(1, 1, v), ids=random_ids(1, v))
+    seen = []
+    for slice_bytes in (72, 25, 14, 8):
+        kernels.settings = machine(clusters=1, slice_bytes=slice_bytes * 1024)
+        out, _, way, loss = run_policy(kernels, rows, REGULARISED, "k3", "truncate", True)
+        assert_gradient(out, expected_policy_gradient(rows, loss))
+        seen.append(way // 10)
+    assert seen == [1, 2, 4, 8]
+
+
+if __name__ == "__main__":
+    for path in sorted(CUDA.glob("*.cu")):
+        start = time.time()
+        _, found = ptxas_report(path, Path("/dev/null"))
+        print(f"{path.name}: {time.time() - start:.0f} s", file=sys.stderr)
+        for name, architecture, registers, stack, spilled in found:
+            readable = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.split("(")[0].replace("urlvr::cuda::", "")
+            print(f"{readable.removeprefix('void '):40} {architecture:7} {registers:4} registers, stack {stack}, spilled {spilled}")
+
+
+# --------------------------------------------------------------------------------------------------------------- scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [1, 7, 33, 4096, 9001])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_scaling_a_gradient(kernels, dtype, v, offset):
+    values = random_logits(2, 2, v, dtype)
+    row_scale = torch.tensor([1.0, 0.5, 2.0, 2.0])
+    for factor, by_row in ((0.3, None), (2.0, row_scale), (1.0, None), (NAN, None)):
+        gradient, memory = placed(values, offset, 5, fill=7.0)
+        around = memory.clone()
+        kernels.scale(gradient, factor, by_row)
+        by = factor * (torch.ones(4) if by_row is None else by_row)
+        expected = (values.float() * by.float().view(2, 2, 1)).to(dtype)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
+        gradient.copy_(values)
+        assert torch.equal(memory, around), "what lies around the gradient was written to"
+
+
+def test_a_factor_of_one_touches_nothing(kernels):
+    """A signalling NaN would come back quiet if it had been read and written."""
+    gradient = torch.full((1, 1, 40), 0x7F81, dtype=torch.int16).view(torch.bfloat16)
+    kernels.scale(gradient, 1.0)
+    assert (gradient.view(torch.int16) == 0x7F81).all()
