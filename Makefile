@@ -1,12 +1,12 @@
-# make train   set up, then train the bundled model without labels; make test   set up, then run the tests.
+# make train   set up, then train the bundled model without labels; make test   set up, then run the tests; make bench   measure the ops.
 # ARGS="…" goes to the command that is run: make train ARGS="trainer.steps=50", make test ARGS="-k rewards".
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test lint types clean
+.PHONY: help setup train test bench lint types clean
 
 help:
-	@echo "make setup | train | test | lint | types | clean      (ARGS=… is passed on)"
+	@echo "make setup | train | test | bench | lint | types | clean      (ARGS=… is passed on)"
 
 setup:
 	@sh scripts/setup.sh
@@ -16,6 +16,11 @@ train: setup
 
 test: setup lint types
 	$(BIN)/pytest $(ARGS)
+
+# The peers that the ops are compared with come with it. Results go to benches/results; the README's table is made from the newest.
+bench: setup
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[bench]'
+	$(BIN)/python -m benches $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

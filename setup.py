@@ -40,11 +40,12 @@ def compiled_kernels() -> dict:
     if shutil.which(compiler.split()[0]) is None:
         return skip(f"there is no C++ compiler ({compiler})")
     root = Path(__file__).parent
-    sources = [str(path.relative_to(root)) for folder in ("csrc", "csrc/cpu") for path in sorted((root / folder).glob("*.cpp"))]
+    folders, endings = ["csrc", "csrc/cpu"], [".cpp"]
     make, flags = cpp_extension.CppExtension, {"cxx": CXX}
     if cpp_extension.CUDA_HOME is not None and cuda_torch():
-        sources += [str(path.relative_to(root)) for path in sorted((root / "csrc/cuda").glob("*.c*"))]
+        folders, endings = [*folders, "csrc/cuda"], [".cpp", ".cu"]
         make, flags = cpp_extension.CUDAExtension, {"cxx": CXX, "nvcc": NVCC}
+    sources = [str(path.relative_to(root)) for folder in folders for path in sorted((root / folder).iterdir()) if path.suffix in endings]
     return {
         "ext_modules": [make("urlvr_fast._C", sources, extra_compile_args=flags, py_limited_api=True)],
         "cmdclass": {"build_ext": cpp_extension.BuildExtension},

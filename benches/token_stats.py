@@ -24,6 +24,7 @@ def label(names: Sequence[str]) -> str:
 
 FORWARD = f"forward, {label(STATISTICS)}"
 OP = f"{FORWARD}, torch.ops"
+KERNEL = f"{FORWARD}, kernel alone"
 IN_PLACE = f"backward in place, {label(STATISTICS)}"
 NEW = f"backward, {label(STATISTICS)}"
 
@@ -74,6 +75,34 @@ def _op_case(rows: Rows, provider: Provider, size: int) -> Case:
     return Case(OP, provider.name, load, size, check=check)
 
 
+def _kernel_case(rows: Rows, provider: Provider, size: int) -> Case:
+    """The kernel itself, into memory that it is given: what the threads share out."""
+
+    def load() -> Callable[[Any], Any]:
+        from urlvr_fast.ops.backend import kernels
+        from urlvr_fast.ops.layout import STATS
+        from urlvr_fast.ops.spec import RowSpec
+
+        backend, (n, columns) = provider.name.split()[-1], rows.logits.shape
+        spec = RowSpec(frozenset(STATISTICS), ids=rows.ids, mask=rows.mask, backend=backend)
+        out = torch.empty(STATS, n)
+        call = (rows.logits.view(1, n, columns), None, *spec.arguments(columns), spec.flags, out)
+        statistics = kernels(backend).statistics
+
+        def run(_: Any) -> Tensor:
+            statistics(*call)
+            return out
+
+        return run
+
+    def check(stats: Tensor) -> dict[str, float]:
+        from urlvr_fast.ops.spec import STATISTICS as LINES
+
+        return exact.statistics_errors(rows, STATISTICS, [stats[LINES.index(name)] for name in STATISTICS])
+
+    return Case(KERNEL, provider.name, load, size, check=check)
+
+
 def _threads(cases: list[Case], scenario: Scenario) -> list[Case]:
     """Each case with one thread and with all, and what the latter must gain."""
     reach = {1: 1.4, 3: 1.6}[scenario.rows]
@@ -109,7 +138,8 @@ def cases(rows: Rows, providers: Sequence[Provider]) -> list[Case]:
         offered = [names for names in FORWARDS[: 1 if provider.brief else None] if set(names) <= set(provider.names)]
         mine = [_forward_case(rows, provider, names, read) for names in offered]
         if rows.scenario.rows in (1, 3) and provider.ours and rows.device.type == "cpu" and provider.name != "urlvr_fast torch":
-            mine = [*_threads([mine[0], _op_case(rows, provider, read)], rows.scenario), *mine[1:]]
+            levels = [mine[0], _op_case(rows, provider, read), _kernel_case(rows, provider, read)]
+            mine = [*_threads(levels, rows.scenario), *mine[1:]]
         for names in [n for n in BACKWARDS[: 1 if provider.brief else None] if set(n) <= set(provider.names) and provider.differentiable]:
             mine.append(_backward_case(rows, provider, names, False, read + written))
         if provider.inplace and provider.names == STATISTICS and not provider.brief:

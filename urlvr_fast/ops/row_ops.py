@@ -44,11 +44,20 @@ def _rows_of(logits: Tensor) -> int:
     return math.prod(logits.shape[:-1])
 
 
+def _columns(tensor: Tensor, columns: int) -> Tensor:
+    return tensor if columns == tensor.shape[-1] else tensor[..., :columns]
+
+
+def _zero_beyond(tensor: Tensor, columns: int) -> None:
+    if columns != tensor.shape[-1]:
+        tensor[..., columns:].zero_()
+
+
 def _pieces(logits: Tensor, columns: int, rows: tuple) -> list[tuple[slice, tuple]]:
     """(rows, their arguments for a kernel package, without the flags) for each piece of the logits that has regular strides."""
     bias, ids, mask, temperatures, crow, col, *numbers = rows
     out = []
-    for start, grid in grids(logits[..., :columns]):
+    for start, grid in grids(_columns(logits, columns)):
         here = slice(start, start + grid.shape[0] * grid.shape[1])
         per_row = (None if value is None else value[here] for value in (ids, mask, temperatures))
         offsets = None if crow is None else crow[here.start : here.stop + 1]
@@ -92,7 +101,7 @@ def _gradient(logits: Tensor, out: Tensor | None, arguments: tuple) -> Tensor:
         lines = _whole(part, stats), _whole(part, upstream)
         target = _target(out, part, call[0])
         kernels(backend).gradient(*call, flags, *lines, given, target, bias_grad if bias_wanted else None)
-    (logits if out is None else out)[..., columns:].zero_()
+    _zero_beyond(logits if out is None else out, columns)
     return bias_grad
 
 
@@ -119,7 +128,7 @@ def _policy(logits: Tensor, out: Tensor | None, arguments: tuple) -> tuple[Tenso
         kernels(backend).policy(*call, flags, _whole(part, loss), present, kind, kl, correction, numbers, packed, target, scale)
         if packed is not stats:
             stats[:, part] = packed
-    (logits if out is None else out)[..., columns:].zero_()
+    _zero_beyond(logits if out is None else out, columns)
     return stats, row_scale
 
 
