@@ -95,7 +95,8 @@ struct KeepSums {  // over the kept columns of this shard, relative to safe(m)
 // entries is a keep set that is empty.
 template <class R, class Out>
 ROWS_FN void write_raw(const Sums<R>& sums, R x_id, bool bad_id, const KeepSums<R>& keep, Out* out, int64_t stride) {
-  const R lines[STATS] = {sums.m, sums.s, sums.t, sums.total, sums.finite, x_id, R(bad_id), sums.s2, sums.second, R(sums.argmax),
+  const R m = sums.s != sums.s && sums.m == -infinity<R>() ? nan_<R>() : sums.m;  // NaN and −inf only: not a row that is −inf throughout
+  const R lines[STATS] = {m, sums.s, sums.t, sums.total, sums.finite, x_id, R(bad_id), sums.s2, sums.second, R(sums.argmax),
                           keep.m, keep.s, keep.t, keep.id};
   for (int i = 0; i < STATS; ++i) out[i * stride] = Out(lines[i]);
 }

@@ -52,3 +52,39 @@ def contest_data() -> Path:
     if not (path / "amc.json").is_file():
         pytest.skip(f"no contest problems in {path}; URLVR_FAST_CONTEST_DATA names their folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter():
+    """Triton's interpreter replaces all of Triton's language at each call of a device function: two thirds of the time of these tests. A
+    launch does so for our modules, and Triton's own need it once."""
+    from triton.runtime import interpreter
+
+    done = set()
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__module__
+        if not module.startswith("urlvr_fast.") and module not in done:
+            done.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture
+def tiny_triton(quick_interpreter, monkeypatch):
+    """Interpreted Triton kernels with 4 lanes, 2 vectors deep: tiles of 32 (fp32) or 64 columns; segments of 64."""
+    from urlvr_fast.kernels import targets
+
+    tiles = {2: targets.RowTiles(4, 4, 2, 64), 4: targets.RowTiles(4, 4, 2, 64)}
+    for name in ("STATISTICS", "POLICY", "POLICY_MORE_SUMS"):
+        monkeypatch.setattr(targets, name, tiles)
+    monkeypatch.setattr(targets, "POLICY_GRADIENT", 64)
+    monkeypatch.setattr(targets, "GRADIENT", {2: targets.Block(4, 64), 4: targets.Block(4, 64)})
+    monkeypatch.setattr(targets, "BIAS", targets.Block(4, 64))
+    monkeypatch.setattr(targets, "BIAS_ROWS", 4)
+    monkeypatch.setattr(targets, "KEEP", targets.Block(4, 16))
+    monkeypatch.setattr(targets, "KEEP_LANES", 8)

