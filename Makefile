@@ -29,7 +29,7 @@ lint: setup
 # Checked as it installs, kernels/ in its place as urlvr_fast.kernels, not as it lies in the checkout.
 types: setup
 	rm -rf build/lib build/installed
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target build/installed .
+	URLVR_FAST_BUILD=0 $(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target build/installed .
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p urlvr_fast
 
 clean:
