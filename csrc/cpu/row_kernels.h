@@ -10,7 +10,7 @@ struct fp16 { uint16_t bits; };
 
 constexpr int64_t SEGMENT = 4096;  // columns summed in one go: 16 KiB of scratch, which stays in the L1 cache
 
-// How logits become x. Without bias and softcap that is one multiplication.
+// How logits become x. Without bias and softcap that is one multiplication, by a positive number: the largest logit has the largest x.
 template <class R>
 struct Reading {
   R factor = 1;       // scale / temperature
@@ -28,7 +28,7 @@ struct RowKernels {
   // The same into full precision, for the sums over rows that the bias wants.
   void (*wide_gradient)(const T* z, R* out, int64_t first, int64_t n, const Reading<R>& how, const Coefficients<R>& co, R post);
   // x at one column and the slope of the softcap there.
-  void (*point)(const T* z, int64_t column, const Reading<R>& how, R& x, R& slope);
+  void (*point)(const T* z, int64_t column, const Reading<R>& how, double& x, R& slope);
   T (*narrow)(R value);  // rounded to nearest even
 };
 

@@ -46,6 +46,18 @@ template <> INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (
 template <> INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #endif
 
+// a · b + c, rounded once also where the processor cannot: what a large common offset of the logits hangs on.
+INLINE F fma_exact(F a, F b, F c) {
+#if ROW_BYTES == 16
+  typedef double Wide __attribute__((vector_size(2 * ROW_BYTES)));
+  Wide product = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) + __builtin_convertvector(c, Wide);
+  return __builtin_convertvector(product, F);
+#else
+  return fma(a, b, c);
+#endif
+}
+INLINE D fma_exact(D a, D b, D c) { return a * b + c; }
+
 // ---- loads and stores -------------------------------------------------------------------------------------------------------------------
 
 template <class V> INLINE V load_raw(const void* p) { V v; std::memcpy(&v, p, sizeof(V)); return v; }
@@ -111,6 +123,19 @@ INLINE void load_two(const bf16* p, F& even, F& odd) {
 }
 INLINE void store_two(bf16* p, F even, F odd) { store_raw(p, (rounded_bits(even) >> 16) | (rounded_bits(odd) & 0xffff0000u)); }
 
+template <class T, class R>
+T narrow(R value) {
+  T out[LANES<R>];
+  store(out, all<R>(value));
+  return out[0];
+}
+
+template <class T, class R>
+R point_value(const T* z) {
+  T one[LANES<R>] = {z[0]};
+  return load(one)[0];
+}
+
 // ---- functions --------------------------------------------------------------------------------------------------------------------------
 
 // e^x for x <= about 1, relative error below 1.5e-7: 2^n · 2^f with a polynomial for 2^f, |f| <= 1/2. NaN stays. `clamped` is x, or where
@@ -168,10 +193,9 @@ INLINE void tanh_and_slope(D y, D& tanh, D& slope) {
   }
 }
 
-// x of the vector z, whose bias lies at `bias` (null: none), and the softcap's slope.
-template <bool PLAIN, class R>
+// x of the vector z where it is not plain, whose bias lies at `bias` (null: none), and the softcap's slope.
+template <class R>
 INLINE Vec<R> read(Vec<R> z, const R* bias, const Reading<R>& how, Vec<R>& slope) {
-  if (PLAIN) return z * how.factor;
   Vec<R> y = z * how.scale;
   if (bias) y = y + load(bias);
   if (how.softcap > 0) {
@@ -183,6 +207,55 @@ INLINE Vec<R> read(Vec<R> z, const R* bias, const Reading<R>& how, Vec<R>& slope
 
 // ---- sums -------------------------------------------------------------------------------------------------------------------------------
 
+// The largest of n numbers; a NaN loses.
+template <class R>
+INLINE R largest(const R* z, int64_t n) {
+  constexpr int W = LANES<R>, STEP = UNROLL * W;
+  Vec<R> top[UNROLL];
+  for (auto& v : top) v = all<R>(-infinity<R>());
+  int64_t j = 0;
+  for (; j + STEP <= n; j += STEP)
+    for (int u = 0; u < UNROLL; ++u) top[u] = maximum<R>(load(z + j + u * W), top[u]);
+  R m = -infinity<R>();
+  for (int u = 0; u < UNROLL; ++u)
+    for (int i = 0; i < W; ++i) m = top[u][i] > m ? top[u][i] : m;
+  for (; j < n; ++j) m = z[j] > m ? z[j] : m;
+  return m;
+}
+
+// Of 16-bit numbers: as integers the positive ones are in order and above the negative ones, so one cheap maximum is nearly always enough.
+template <class T>
+INLINE float largest_of_16_bits(const T* z, int64_t n, int16_t infinite) {
+  typedef int16_t I16 __attribute__((vector_size(ROW_BYTES)));
+  constexpr int W = ROW_BYTES / 2, STEP = UNROLL * W;
+  I16 top[UNROLL];
+  for (auto& v : top) v = I16{} - 1;
+  int64_t j = 0;
+  for (; j + STEP <= n; j += STEP)
+    for (int u = 0; u < UNROLL; ++u) {
+      I16 v = load_raw<I16>(z + j + u * W);
+      top[u] = v > top[u] ? v : top[u];
+    }
+  int16_t m = -1;
+  for (int u = 0; u < UNROLL; ++u)
+    for (int i = 0; i < W; ++i) m = top[u][i] > m ? top[u][i] : m;
+  for (; j < n; ++j) m = int16_t(z[j].bits) > m ? int16_t(z[j].bits) : m;
+  T one[LANES<float>] = {};
+  if (m >= 0 && m <= infinite) {
+    one[0].bits = uint16_t(m);
+    return load(one)[0];
+  }
+  float found = -infinity<float>();  // none is positive, or there is a NaN
+  for (j = 0; j < n; ++j) {
+    one[0] = z[j];
+    float value = load(one)[0];
+    found = value > found ? value : found;
+  }
+  return found;
+}
+INLINE float largest(const bf16* z, int64_t n) { return largest_of_16_bits(z, n, 0x7f80); }
+INLINE float largest(const fp16* z, int64_t n) { return largest_of_16_bits(z, n, 0x7c00); }
+
 template <class R>
 INLINE double lane_sum(const Vec<R> (&v)[UNROLL]) {
   double sum = 0;
@@ -191,111 +264,145 @@ INLINE double lane_sum(const Vec<R> (&v)[UNROLL]) {
   return sum;
 }
 
-// Write x of n columns to scratch, −inf behind them up to a whole step, and return the largest.
-template <bool PLAIN, class T, class R>
-INLINE R read_segment(const T* z, const R* bias, int64_t n, const Reading<R>& how, R* x) {
-  constexpr int W = LANES<R>, STEP = UNROLL * W;
-  Vec<R> top[UNROLL], slope{};
-  for (auto& v : top) v = all<R>(-infinity<R>());
-  int64_t j = 0;
-  for (; j + STEP <= n; j += STEP)
-    for (int u = 0; u < UNROLL; ++u) {
-      Vec<R> v = read<PLAIN, R>(load(z + j + u * W), bias ? bias + j + u * W : nullptr, how, slope);
-      store(x + j + u * W, v);
-      top[u] = maximum<R>(v, top[u]);
-    }
-  R m = -infinity<R>();
-  if (j < n) {
-    T tail[STEP] = {};
-    R tail_bias[STEP] = {};
-    std::memcpy(tail, z + j, (n - j) * sizeof(T));
-    if (bias) std::memcpy(tail_bias, bias + j, (n - j) * sizeof(R));
-    for (int u = 0; u < UNROLL; ++u)
-      store(x + j + u * W, read<PLAIN, R>(load(tail + u * W), bias ? tail_bias + u * W : nullptr, how, slope));
-    for (int64_t k = n; k < j + STEP; ++k) x[k] = -infinity<R>();
-    for (int64_t k = j; k < n; ++k) m = x[k] > m ? x[k] : m;
-  }
-  for (int u = 0; u < UNROLL; ++u)
-    for (int i = 0; i < W; ++i) m = top[u][i] > m ? top[u][i] : m;
-  return m;
-}
+// Where x − m comes from: from logits that are plain, in one rounding however large x and m are, or from x that was written to scratch.
+template <class T, class R>
+struct PlainLogits {
+  const T* z;
+  Vec<R> factor, minus_m;
+  Vec<R> at(int64_t j) const { return fma_exact(load(z + j), factor, minus_m); }
+};
+template <class R>
+struct Scratch {
+  const R* x;
+  Vec<R> m;
+  Vec<R> at(int64_t j) const { return load(x + j) - m; }
+};
 
-// Sums over scratch (whole steps) relative to m.
-template <bool T_, bool TOTAL, bool RARE, class R>
-INLINE void accumulate(const R* x, int64_t padded, R m, Sums<double>& out, double& total) {
+// The sums of a segment; the two largest x are the two largest of the candidates.
+struct Segment : Sums<double> {
+  double first = -infinity<double>();
+  void add_candidate(double x) {
+    if (x > first) second = first, first = x;
+    else if (x > second) second = x;
+  }
+};
+
+// Add the sums over n elements, a multiple of UNROLL vectors.
+template <bool T_, bool TOTAL, bool RARE, class R, class Source>
+INLINE void accumulate(const Source& source, int64_t n, R m, Segment& out) {
   constexpr int W = LANES<R>, STEP = UNROLL * W;
   constexpr int64_t STRETCH = 64 * STEP;  // additions in a row in one lane, of which rounding would make more and more of an error
   Vec<R> s2[UNROLL] = {}, top[UNROLL], second[UNROLL];
   for (int u = 0; u < UNROLL; ++u) top[u] = second[u] = all<R>(-infinity<R>());
-  const Vec<R> shift = all<R>(m);
-  for (int64_t begin = 0; begin < padded; begin += STRETCH) {
+  for (int64_t begin = 0; begin < n; begin += STRETCH) {
     Vec<R> s[UNROLL] = {}, t[UNROLL] = {}, sum[UNROLL] = {};
-    const int64_t end = begin + STRETCH < padded ? begin + STRETCH : padded;
+    const int64_t end = begin + STRETCH < n ? begin + STRETCH : n;
     for (int64_t j = begin; j < end; j += STEP)
       for (int u = 0; u < UNROLL; ++u) {
-        Vec<R> v = load(x + j + u * W), d = v - shift, clamped, e = exponential(d, clamped);
+        Vec<R> d = source.at(j + u * W), clamped, e = exponential(d, clamped);
         s[u] += e;
         if (T_) t[u] = fma(e, clamped, t[u]);
         if (TOTAL) sum[u] += d;
         if (RARE) {
           s2[u] = fma(e, e, s2[u]);
-          second[u] = maximum<R>(minimum<R>(v, top[u]), second[u]);
-          top[u] = maximum<R>(v, top[u]);
+          second[u] = maximum<R>(minimum<R>(d, top[u]), second[u]);
+          top[u] = maximum<R>(d, top[u]);
         }
       }
     out.s += lane_sum<R>(s);
     if (T_) out.t += lane_sum<R>(t);
-    if (TOTAL) total += lane_sum<R>(sum);
+    if (TOTAL) out.total += lane_sum<R>(sum);
   }
   if (!RARE) return;
-  out.s2 = lane_sum<R>(s2);
-  bool largest_seen = false;
+  out.s2 += lane_sum<R>(s2);
   for (int u = 0; u < UNROLL; ++u)
     for (int i = 0; i < W; ++i)
-      for (int k = 0; k < 2; ++k) {
-        R value = k ? second[u][i] : top[u][i];
-        if (!largest_seen && value == out.m) largest_seen = true;
-        else if (value > out.second) out.second = value;
-      }
+      for (int k = 0; k < 2; ++k) out.add_candidate(double(m) + double(k ? second[u][i] : top[u][i]));
 }
 
-template <bool T_, bool TOTAL, bool RARE, class R>
-void sums_of(const R* x, int64_t n, int64_t padded, R m, Sums<double>& out) {
-  double total = 0;
-  // Padding is −inf as well: it adds nothing to s and t, and the total is made again below wherever it holds a −inf.
-  accumulate<T_, TOTAL, RARE, R>(x, padded, m, out, total);
+// f(vector of x − m, how many of its lanes are columns) over the columns: whole ones, then `left` < UNROLL · W of the padded tail.
+template <class R, class Source, class Function>
+INLINE void each_vector(const Source& source, int64_t whole, const Source& tail, int64_t left, const Function& f) {
+  constexpr int W = LANES<R>;
+  for (int64_t j = 0; j < whole; j += W) f(source.at(j), W);
+  for (int64_t j = 0; j < left; j += W) f(tail.at(j), int(left - j < W ? left - j : W));
+}
+
+template <bool T_, bool TOTAL, bool RARE, class R, class Source>
+void sums_of(const Source& source, int64_t whole, const Source& tail, int64_t left, R m, Segment& out) {
+  accumulate<T_, TOTAL, RARE, R>(source, whole, m, out);
+  if (left) accumulate<T_, false, RARE, R>(tail, UNROLL * LANES<R>, m, out);  // padded with −inf, which adds nothing to s and t
+  out.finite = double(whole + left);
   if (!TOTAL) return;
-  out.finite = double(n);
-  if (total > -infinity<double>()) { out.total = total; return; }
-  double finite = 0;
-  total = 0;
-  for (int64_t j = 0; j < n; ++j)
-    if (x[j] != -infinity<R>()) { total += double(x[j] - m); finite += 1; }
-  out.total = total;
-  out.finite = finite;
+  const bool infinite = !(out.total > -infinity<double>());  // then it is made again, of the finite ones
+  if (infinite) out.total = out.finite = 0;
+  auto add = [&](Vec<R> d, int lanes) {
+    for (int i = 0; i < lanes; ++i)
+      if (d[i] != -infinity<R>()) out.total += d[i], out.finite += infinite;
+      else out.finite -= !infinite;
+  };
+  if (infinite) each_vector<R>(source, whole, tail, left, add);
+  else each_vector<R>(source, 0, tail, left, add);
+}
+
+template <class R, class Source>
+void finish_segment(const Source& source, int64_t whole, const Source& tail, int64_t left, R m, int64_t flags, Segment& out) {
+  const bool t = wants_t(flags), total = flags & NEEDS_TOTAL;
+  if (flags & NEEDS_RARE) sums_of<true, true, true, R>(source, whole, tail, left, m, out);
+  else if (t && total) sums_of<true, true, false, R>(source, whole, tail, left, m, out);
+  else if (t) sums_of<true, false, false, R>(source, whole, tail, left, m, out);
+  else if (total) sums_of<false, true, false, R>(source, whole, tail, left, m, out);
+  else sums_of<false, false, false, R>(source, whole, tail, left, m, out);
+}
+
+template <class T, class R>
+void plain_segment(const T* z, int64_t n, const Reading<R>& how, int64_t flags, Segment& out) {
+  constexpr int STEP = UNROLL * LANES<R>;
+  const R top = largest(z, n), m = top * how.factor;
+  out.m = m;
+  const int64_t whole = n / STEP * STEP, left = n - whole;
+  T tail[STEP];
+  if (left) {
+    for (auto& v : tail) v = narrow<T, R>(-infinity<R>());
+    std::memcpy(tail, z + whole, left * sizeof(T));
+  }
+  const Vec<R> factor = all<R>(how.factor), minus_m = all<R>(-safe(m));
+  const PlainLogits<T, R> source{z, factor, minus_m}, rest{tail, factor, minus_m};
+  finish_segment<R>(source, whole, rest, left, safe(m), flags, out);
+  if (wants(flags, ARGMAX))
+    while (out.argmax < n && point_value<T, R>(z + out.argmax) != top) ++out.argmax;
+}
+
+template <class T, class R>
+void scratch_segment(const T* z, const R* bias, int64_t n, const Reading<R>& how, int64_t flags, Segment& out) {
+  constexpr int W = LANES<R>, STEP = UNROLL * W;
+  alignas(64) R x[SEGMENT + STEP];
+  Vec<R> slope;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(x + j, read<R>(load(z + j), bias ? bias + j : nullptr, how, slope));
+  if (j < n) {
+    T rest[W] = {};
+    R rest_bias[W] = {};
+    std::memcpy(rest, z + j, (n - j) * sizeof(T));
+    if (bias) std::memcpy(rest_bias, bias + j, (n - j) * sizeof(R));
+    store(x + j, read<R>(load(rest), bias ? rest_bias : nullptr, how, slope));
+  }
+  for (int64_t k = n; k < n + STEP && k < SEGMENT + STEP; ++k) x[k] = -infinity<R>();
+  const R m = largest(x, n);
+  out.m = m;
+  const int64_t whole = n / STEP * STEP;
+  const Scratch<R> source{x, all<R>(safe(m))}, tail{x + whole, all<R>(safe(m))};
+  finish_segment<R>(source, whole, tail, n - whole, safe(m), flags, out);
+  if (wants(flags, ARGMAX))
+    while (out.argmax < n && x[out.argmax] != m) ++out.argmax;
 }
 
 template <class T, class R>
 Sums<double> segment(const T* z, int64_t first, int64_t n, const Reading<R>& how, int64_t flags) {
-  constexpr int STEP = UNROLL * LANES<R>;
-  alignas(64) R x[SEGMENT + STEP];
-  const R* bias = how.bias ? how.bias + first : nullptr;
-  R m = how.plain ? read_segment<true, T, R>(z + first, bias, n, how, x) : read_segment<false, T, R>(z + first, bias, n, how, x);
-  Sums<double> out;
-  out.m = m;
-  const int64_t padded = (n + STEP - 1) / STEP * STEP;
-  const R base = safe(m);
-  const bool t = wants_t(flags), total = flags & NEEDS_TOTAL;
-  if (flags & NEEDS_RARE) sums_of<true, true, true, R>(x, n, padded, base, out);
-  else if (t && total) sums_of<true, true, false, R>(x, n, padded, base, out);
-  else if (t) sums_of<true, false, false, R>(x, n, padded, base, out);
-  else if (total) sums_of<false, true, false, R>(x, n, padded, base, out);
-  else sums_of<false, false, false, R>(x, n, padded, base, out);
-  if (wants(flags, ARGMAX)) {
-    int64_t at = 0;
-    while (at < n && x[at] != m) ++at;
-    out.argmax = first + at;
-  }
+  Segment out;
+  if (how.plain) plain_segment<T, R>(z + first, n, how, flags, out);
+  else scratch_segment<T, R>(z + first, how.bias ? how.bias + first : nullptr, n, how, flags, out);
+  out.argmax += first;
   return out;
 }
 
@@ -304,10 +411,10 @@ Sums<double> segment(const T* z, int64_t first, int64_t n, const Reading<R>& how
 template <bool PLAIN, bool B, bool D_, class R>
 INLINE Vec<R> derivative(Vec<R> z, const R* bias, const Reading<R>& how, const Coefficients<R>& co) {
   Vec<R> slope = all<R>(R(1));
-  Vec<R> x = read<PLAIN, R>(z, bias, how, slope);
-  Vec<R> log_p, p = exponential((x - co.m) - co.log_s, log_p);
+  Vec<R> d = PLAIN ? fma_exact(z, all<R>(how.factor), all<R>(-co.m)) : read<R>(z, bias, how, slope) - co.m;  // x − m as the statistics have it
+  Vec<R> log_p, p = exponential(d - co.log_s, log_p);
   Vec<R> factor = B ? fma(log_p, all<R>(co.b), all<R>(co.a)) : all<R>(co.a);
-  Vec<R> dx = D_ ? fma(p, factor, x == all<R>(-infinity<R>()) ? Vec<R>{} : all<R>(co.d)) : p * factor;
+  Vec<R> dx = D_ ? fma(p, factor, d == all<R>(-infinity<R>()) ? Vec<R>{} : all<R>(co.d)) : p * factor;
   return PLAIN ? dx : dx * slope;
 }
 
@@ -354,20 +461,16 @@ void gradient(const T* z, Out* out, int64_t first, int64_t n, const Reading<R>& 
 }
 
 template <class T, class R>
-void point(const T* z, int64_t column, const Reading<R>& how, R& x, R& slope) {
-  constexpr int W = LANES<R>;
-  T one[W] = {z[column]};
-  R bias[W] = {how.bias ? how.bias[column] : R(0)};
+void point(const T* z, int64_t column, const Reading<R>& how, double& x, R& slope) {
+  slope = 1;
+  if (how.plain) {
+    x = double(point_value<T, R>(z + column)) * double(how.factor);
+    return;
+  }
+  R bias[LANES<R>] = {how.bias ? how.bias[column] : R(0)};
   Vec<R> s = all<R>(R(1));
-  x = (how.plain ? read<true, R>(load(one), bias, how, s) : read<false, R>(load(one), how.bias ? bias : nullptr, how, s))[0];
+  x = read<R>(all<R>(point_value<T, R>(z + column)), how.bias ? bias : nullptr, how, s)[0];
   slope = s[0];
-}
-
-template <class T, class R>
-T narrow(R value) {
-  T out[LANES<R>];
-  store(out, all<R>(value));
-  return out[0];
 }
 
 #define TABLE(T, R, name) \

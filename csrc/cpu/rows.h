@@ -54,7 +54,7 @@ struct Rows {
   Reading<R> reading(int64_t n) const {
     Reading<R> how;
     double t = temperatures ? double(temperatures[n]) : temperature;
-    how.plain = !bias && !(softcap > 0);
+    how.plain = !bias && !(softcap > 0) && scale > 0;
     how.factor = R(scale / t);
     how.scale = R(scale), how.softcap = R(softcap), how.temperature = R(t);
     how.bias = bias;
@@ -96,12 +96,9 @@ struct Rows {
   // Write the packed statistics (or sums) of row n.
   void finish(int64_t n, const Reading<R>& how, Sums<double> sums, R* out) const {
     const T* z = logits.row(n);
-    double x_id = -infinity<double>();
-    R x, slope;
-    if (int64_t id = id_column(n); id >= 0) {
-      row_kernels<T, R>().point(z, id, how, x, slope);
-      x_id = x;
-    }
+    double x_id = -infinity<double>(), x;
+    R slope;
+    if (int64_t id = id_column(n); id >= 0) row_kernels<T, R>().point(z, id, how, x_id, slope);
     KeepSums<double> keep;
     if (crow) {
       each_kept(n, [&](int64_t j) {
@@ -111,7 +108,7 @@ struct Rows {
       });
       each_kept(n, [&](int64_t j) {
         row_kernels<T, R>().point(z, j, how, x, slope);
-        double d = double(x) - safe(keep.m), e = std::exp(d);
+        double d = x - safe(keep.m), e = std::exp(d);
         keep.s += e;
         keep.t += e == 0 ? 0 : e * d;
       });
@@ -135,14 +132,15 @@ template <class R> R canonical(double value) { return value == value ? R(value) 
 // dx at one column with all of its terms, times post.
 template <class T, class R>
 R column_gradient(const T* z, int64_t column, const Reading<R>& how, const Coefficients<double>& co, double post, bool id, bool kept) {
-  R x, slope;
+  double x;
+  R slope;
   row_kernels<T, R>().point(z, column, how, x, slope);
-  if (x == -infinity<R>()) return 0;
-  double log_p = (double(x) - co.m) - co.log_s;
+  if (x == -infinity<double>()) return 0;
+  double log_p = (x - co.m) - co.log_s;
   double dx = std::exp(log_p) * (co.a + co.b * log_p) + co.d;
   if (id) dx += co.c;
   if (kept) {
-    double log_kept = (double(x) - co.m) - co.keep_log_s;
+    double log_kept = (x - co.m) - co.keep_log_s;
     dx += std::exp(log_kept) * (co.keep_a + co.keep_b * log_kept);
   }
   return canonical<R>(dx * post * slope);
