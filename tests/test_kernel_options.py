@@ -355,7 +355,7 @@ def test_policy_gradients_are_those_of_the_statistics(names, inplace, dtype, bac
     value, _ = reference.policy_objective(stats.logp.flatten(), stats.entropy.flatten(), None, rows, terms)
     (d_apart,) = torch.autograd.grad(3.0 * value, apart)
     torch.testing.assert_close(3.0 * loss, 3.0 * value)
-    bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if INTERPRETED else 5e-3}[dtype]
+    bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]  # 16 bits: · 3 rounds again
     assert relative(d_fused, d_apart.double()) <= bound
 
 

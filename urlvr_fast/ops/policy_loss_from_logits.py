@@ -114,7 +114,8 @@ def policy_loss_from_logits(
 
     Returns:
         (loss, metrics) as `policy_loss`; the metric `entropy` is always there. Backward multiplies the gradient by the upstream gradient on
-        the device and releases it; a second backward raises. Under no_grad no gradient is made.
+        the device and releases it; a second backward raises. Under no_grad no gradient is made. A 16-bit gradient is rounded a second
+        time where the upstream gradient is no power of two; 1 touches nothing.
 
     Raises:
         As `token_stats` and `policy_loss`.
