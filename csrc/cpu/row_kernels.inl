@@ -207,55 +207,6 @@ INLINE Vec<R> read(Vec<R> z, const R* bias, const Reading<R>& how, Vec<R>& slope
 
 // ---- sums -------------------------------------------------------------------------------------------------------------------------------
 
-// The largest of n numbers; a NaN loses.
-template <class R>
-INLINE R largest(const R* z, int64_t n) {
-  constexpr int W = LANES<R>, STEP = UNROLL * W;
-  Vec<R> top[UNROLL];
-  for (auto& v : top) v = all<R>(-infinity<R>());
-  int64_t j = 0;
-  for (; j + STEP <= n; j += STEP)
-    for (int u = 0; u < UNROLL; ++u) top[u] = maximum<R>(load(z + j + u * W), top[u]);
-  R m = -infinity<R>();
-  for (int u = 0; u < UNROLL; ++u)
-    for (int i = 0; i < W; ++i) m = top[u][i] > m ? top[u][i] : m;
-  for (; j < n; ++j) m = z[j] > m ? z[j] : m;
-  return m;
-}
-
-// Of 16-bit numbers: as integers the positive ones are in order and above the negative ones, so one cheap maximum is nearly always enough.
-template <class T>
-INLINE float largest_of_16_bits(const T* z, int64_t n, int16_t infinite) {
-  typedef int16_t I16 __attribute__((vector_size(ROW_BYTES)));
-  constexpr int W = ROW_BYTES / 2, STEP = UNROLL * W;
-  I16 top[UNROLL];
-  for (auto& v : top) v = I16{} - 1;
-  int64_t j = 0;
-  for (; j + STEP <= n; j += STEP)
-    for (int u = 0; u < UNROLL; ++u) {
-      I16 v = load_raw<I16>(z + j + u * W);
-      top[u] = v > top[u] ? v : top[u];
-    }
-  int16_t m = -1;
-  for (int u = 0; u < UNROLL; ++u)
-    for (int i = 0; i < W; ++i) m = top[u][i] > m ? top[u][i] : m;
-  for (; j < n; ++j) m = int16_t(z[j].bits) > m ? int16_t(z[j].bits) : m;
-  T one[LANES<float>] = {};
-  if (m >= 0 && m <= infinite) {
-    one[0].bits = uint16_t(m);
-    return load(one)[0];
-  }
-  float found = -infinity<float>();  // none is positive, or there is a NaN
-  for (j = 0; j < n; ++j) {
-    one[0] = z[j];
-    float value = load(one)[0];
-    found = value > found ? value : found;
-  }
-  return found;
-}
-INLINE float largest(const bf16* z, int64_t n) { return largest_of_16_bits(z, n, 0x7f80); }
-INLINE float largest(const fp16* z, int64_t n) { return largest_of_16_bits(z, n, 0x7c00); }
-
 template <class R>
 INLINE double lane_sum(const Vec<R> (&v)[UNROLL]) {
   double sum = 0;
@@ -264,18 +215,13 @@ INLINE double lane_sum(const Vec<R> (&v)[UNROLL]) {
   return sum;
 }
 
-// Where x − m comes from: from logits that are plain, in one rounding however large x and m are, or from x that was written to scratch.
-template <class T, class R>
-struct PlainLogits {
-  const T* z;
-  Vec<R> factor, minus_m;
-  Vec<R> at(int64_t j) const { return fma_exact(load(z + j), factor, minus_m); }
-};
+// A segment in scratch: y, which is the logit itself where it is plain and x where it is not, so that x − m is one multiplication and
+// addition, rounded once however large x and m are.
 template <class R>
-struct Scratch {
-  const R* x;
-  Vec<R> m;
-  Vec<R> at(int64_t j) const { return load(x + j) - m; }
+struct Source {
+  const R* y;
+  Vec<R> factor, minus_m;
+  Vec<R> at(int64_t j) const { return fma_exact(load(y + j), factor, minus_m); }
 };
 
 // The sums of a segment; the two largest x are the two largest of the candidates.
@@ -288,8 +234,8 @@ struct Segment : Sums<double> {
 };
 
 // Add the sums over n elements, a multiple of UNROLL vectors.
-template <bool T_, bool TOTAL, bool RARE, class R, class Source>
-INLINE void accumulate(const Source& source, int64_t n, R m, Segment& out) {
+template <bool T_, bool TOTAL, bool RARE, class R>
+INLINE void accumulate(const Source<R>& source, int64_t n, R m, Segment& out) {
   constexpr int W = LANES<R>, STEP = UNROLL * W;
   constexpr int64_t STRETCH = 64 * STEP;  // additions in a row in one lane, of which rounding would make more and more of an error
   Vec<R> s2[UNROLL] = {}, top[UNROLL], second[UNROLL];
@@ -320,88 +266,84 @@ INLINE void accumulate(const Source& source, int64_t n, R m, Segment& out) {
       for (int k = 0; k < 2; ++k) out.add_candidate(double(m) + double(k ? second[u][i] : top[u][i]));
 }
 
-// f(vector of x − m, how many of its lanes are columns) over the columns: whole ones, then `left` < UNROLL · W of the padded tail.
-template <class R, class Source, class Function>
-INLINE void each_vector(const Source& source, int64_t whole, const Source& tail, int64_t left, const Function& f) {
+// Total and number of the finite x − m.
+template <class R>
+void finite_total(const Source<R>& source, int64_t begin, int64_t end, Segment& out) {
   constexpr int W = LANES<R>;
-  for (int64_t j = 0; j < whole; j += W) f(source.at(j), W);
-  for (int64_t j = 0; j < left; j += W) f(tail.at(j), int(left - j < W ? left - j : W));
-}
-
-template <bool T_, bool TOTAL, bool RARE, class R, class Source>
-void sums_of(const Source& source, int64_t whole, const Source& tail, int64_t left, R m, Segment& out) {
-  accumulate<T_, TOTAL, RARE, R>(source, whole, m, out);
-  if (left) accumulate<T_, false, RARE, R>(tail, UNROLL * LANES<R>, m, out);  // padded with −inf, which adds nothing to s and t
-  out.finite = double(whole + left);
-  if (!TOTAL) return;
-  const bool infinite = !(out.total > -infinity<double>());  // then it is made again, of the finite ones
-  if (infinite) out.total = out.finite = 0;
-  auto add = [&](Vec<R> d, int lanes) {
-    for (int i = 0; i < lanes; ++i)
-      if (d[i] != -infinity<R>()) out.total += d[i], out.finite += infinite;
-      else out.finite -= !infinite;
-  };
-  if (infinite) each_vector<R>(source, whole, tail, left, add);
-  else each_vector<R>(source, 0, tail, left, add);
-}
-
-template <class R, class Source>
-void finish_segment(const Source& source, int64_t whole, const Source& tail, int64_t left, R m, int64_t flags, Segment& out) {
-  const bool t = wants_t(flags), total = flags & NEEDS_TOTAL;
-  if (flags & NEEDS_RARE) sums_of<true, true, true, R>(source, whole, tail, left, m, out);
-  else if (t && total) sums_of<true, true, false, R>(source, whole, tail, left, m, out);
-  else if (t) sums_of<true, false, false, R>(source, whole, tail, left, m, out);
-  else if (total) sums_of<false, true, false, R>(source, whole, tail, left, m, out);
-  else sums_of<false, false, false, R>(source, whole, tail, left, m, out);
-}
-
-template <class T, class R>
-void plain_segment(const T* z, int64_t n, const Reading<R>& how, int64_t flags, Segment& out) {
-  constexpr int STEP = UNROLL * LANES<R>;
-  const R top = largest(z, n), m = top * how.factor;
-  out.m = m;
-  const int64_t whole = n / STEP * STEP, left = n - whole;
-  T tail[STEP];
-  if (left) {
-    for (auto& v : tail) v = narrow<T, R>(-infinity<R>());
-    std::memcpy(tail, z + whole, left * sizeof(T));
+  for (int64_t j = begin; j < end; j += W) {
+    Vec<R> d = source.at(j);
+    for (int i = 0; i < W && j + i < end; ++i)
+      if (d[i] != -infinity<R>()) out.total += d[i], out.finite += 1;
   }
-  const Vec<R> factor = all<R>(how.factor), minus_m = all<R>(-safe(m));
-  const PlainLogits<T, R> source{z, factor, minus_m}, rest{tail, factor, minus_m};
-  finish_segment<R>(source, whole, rest, left, safe(m), flags, out);
-  if (wants(flags, ARGMAX))
-    while (out.argmax < n && point_value<T, R>(z + out.argmax) != top) ++out.argmax;
 }
 
-template <class T, class R>
-void scratch_segment(const T* z, const R* bias, int64_t n, const Reading<R>& how, int64_t flags, Segment& out) {
+// Of n elements; behind them −inf up to a multiple of UNROLL vectors, which adds nothing to s and t.
+template <bool T_, bool TOTAL, bool RARE, class R>
+void sums_of(const Source<R>& source, int64_t n, R m, Segment& out) {
+  constexpr int STEP = UNROLL * LANES<R>;
+  const int64_t whole = n / STEP * STEP;
+  accumulate<T_, TOTAL, RARE, R>(source, whole, m, out);
+  const Source<R> rest{source.y + whole, source.factor, source.minus_m};
+  if (whole < n) accumulate<T_, false, RARE, R>(rest, STEP, m, out);
+  out.finite = double(n);
+  if (!TOTAL) return;
+  if (out.total > -infinity<double>()) {
+    out.finite = double(whole);
+    finite_total(source, whole, n, out);
+  } else {
+    out.total = out.finite = 0;
+    finite_total(source, 0, n, out);
+  }
+}
+
+// Write y of n columns to scratch, −inf behind them, and return the largest.
+template <bool PLAIN, class T, class R>
+INLINE R fill(const T* z, const R* bias, int64_t n, const Reading<R>& how, R* y) {
   constexpr int W = LANES<R>, STEP = UNROLL * W;
-  alignas(64) R x[SEGMENT + STEP];
-  Vec<R> slope;
+  Vec<R> top[UNROLL], slope;
+  for (auto& v : top) v = all<R>(-infinity<R>());
+  auto of = [&](const T* at, const R* bias_at) { return PLAIN ? load(at) : read<R>(load(at), bias_at, how, slope); };
   int64_t j = 0;
-  for (; j + W <= n; j += W) store(x + j, read<R>(load(z + j), bias ? bias + j : nullptr, how, slope));
-  if (j < n) {
+  for (; j + STEP <= n; j += STEP)
+    for (int u = 0; u < UNROLL; ++u) {
+      Vec<R> v = of(z + j + u * W, bias ? bias + j + u * W : nullptr);
+      store(y + j + u * W, v);
+      top[u] = maximum<R>(v, top[u]);
+    }
+  for (const int64_t end = j + STEP; j < n; j += W) {
     T rest[W] = {};
     R rest_bias[W] = {};
-    std::memcpy(rest, z + j, (n - j) * sizeof(T));
-    if (bias) std::memcpy(rest_bias, bias + j, (n - j) * sizeof(R));
-    store(x + j, read<R>(load(rest), bias ? rest_bias : nullptr, how, slope));
+    const int64_t left = n - j < W ? n - j : W;
+    std::memcpy(rest, z + j, left * sizeof(T));
+    if (bias) std::memcpy(rest_bias, bias + j, left * sizeof(R));
+    store(y + j, of(rest, bias ? rest_bias : nullptr));
+    if (j + W >= n)
+      for (int64_t k = n; k < end; ++k) y[k] = -infinity<R>();
+    top[0] = maximum<R>(load(y + j), top[0]);
   }
-  for (int64_t k = n; k < n + STEP && k < SEGMENT + STEP; ++k) x[k] = -infinity<R>();
-  const R m = largest(x, n);
-  out.m = m;
-  const int64_t whole = n / STEP * STEP;
-  const Scratch<R> source{x, all<R>(safe(m))}, tail{x + whole, all<R>(safe(m))};
-  finish_segment<R>(source, whole, tail, n - whole, safe(m), flags, out);
-  if (wants(flags, ARGMAX))
-    while (out.argmax < n && x[out.argmax] != m) ++out.argmax;
+  R m = -infinity<R>();
+  for (int u = 0; u < UNROLL; ++u)
+    for (int i = 0; i < W; ++i) m = top[u][i] > m ? top[u][i] : m;
+  return m;
 }
 
 template <class T, class R>
 Sums<double> segment(const T* z, int64_t first, int64_t n, const Reading<R>& how, int64_t flags) {
+  alignas(64) R y[SEGMENT + UNROLL * LANES<R>];
+  const R* bias = how.bias ? how.bias + first : nullptr;
+  const R top = how.plain ? fill<true, T, R>(z + first, bias, n, how, y) : fill<false, T, R>(z + first, bias, n, how, y);
+  const R factor = how.plain ? how.factor : R(1), m = top * factor, base = safe(m);
   Segment out;
-  if (how.plain) plain_segment<T, R>(z + first, n, how, flags, out);
-  else scratch_segment<T, R>(z + first, how.bias ? how.bias + first : nullptr, n, how, flags, out);
+  out.m = m;
+  const Source<R> source{y, all<R>(factor), all<R>(-base)};
+  const bool t = wants_t(flags), total = flags & NEEDS_TOTAL;
+  if (flags & NEEDS_RARE) sums_of<true, true, true, R>(source, n, base, out);
+  else if (t && total) sums_of<true, true, false, R>(source, n, base, out);
+  else if (t) sums_of<true, false, false, R>(source, n, base, out);
+  else if (total) sums_of<false, true, false, R>(source, n, base, out);
+  else sums_of<false, false, false, R>(source, n, base, out);
+  if (wants(flags, ARGMAX))
+    while (out.argmax < n && y[out.argmax] != top) ++out.argmax;
   out.argmax += first;
   return out;
 }
