@@ -60,11 +60,18 @@ class Limits:
         return taken == 0 or case.spent < self.seconds or (taken < self.least and case.spent < 2 * self.seconds)
 
 
+# Seconds that all cores are kept busy for before a sample on a CPU. The threads of an OpenMP pool go on spinning for some milliseconds
+# after their work, and torch.compile brings a pool of its own: whoever came after it had a core less. And the cores of a virtual machine
+# that have been idle may come back as two halves of one real core, which doubled the time of what computes much and left copies alone.
+SETTLE = 0.03
+
+
 class Stopwatch:
     """Times single calls on a device, with cold caches where `cold`."""
 
     def __init__(self, device: torch.device, cold: bool) -> None:
         self.device, self.gpu = device, device.type == "cuda"
+        self.busy = torch.ones(256, 256)
         self.flushed = torch.zeros(2 * _cache_bytes(device) // 4, device=device) if cold else None
 
     def flush(self) -> None:
@@ -73,6 +80,9 @@ class Stopwatch:
         if self.gpu:
             self.flushed.zero_()
         else:
+            until = time.perf_counter() + SETTLE
+            while time.perf_counter() < until:
+                self.busy.mm(self.busy)
             self.flushed.sum()  # by reading: lines that were written would cost the next call their way back to memory
 
     def once(self, run: Callable[[Any], Any], state: Any, calls: int) -> tuple[float, Any]:

@@ -567,3 +567,11 @@ def test_bf16_gradient_is_rounded_once():
         policy_loss_from_logits(leaf, ids, advantages=advantages)[0].backward()
         gradients.append(leaf.grad)
     assert torch.equal(gradients[0], gradients[1].bfloat16())
+
+
+def test_an_in_place_gradient_is_noticed_by_whoever_had_saved_the_logits():
+    leaf = torch.randn(3, 5, requires_grad=True)
+    logits = leaf.exp()  # saves its output for the backward
+    loss, _ = policy_loss_from_logits(logits, torch.tensor([0, 1, 2]), advantages=torch.ones(3), inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -105,6 +105,12 @@ def _gradient(logits: Tensor, out: Tensor | None, arguments: tuple) -> Tensor:
     return bias_grad
 
 
+def _overwritten(tensor: Tensor) -> None:
+    """Kernels write past autograd's eyes: tell it, so that it raises where another operation had saved what is gone."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
 def _contiguous(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -115,7 +121,9 @@ def _backward(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_(logits: Tensor, *arguments: Any) -> Tensor:
-    return _gradient(logits, None, arguments)
+    bias_grad = _gradient(logits, None, arguments)
+    _overwritten(logits)
+    return bias_grad
 
 
 def _policy(logits: Tensor, out: Tensor | None, arguments: tuple) -> tuple[Tensor, Tensor]:
@@ -139,7 +147,9 @@ def _policy_gradient(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, T
 
 
 def _policy_gradient_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _policy(logits, None, arguments)
+    out = _policy(logits, None, arguments)
+    _overwritten(logits)
+    return out
 
 
 def _scale_rows_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None, backend: str) -> None:
@@ -147,6 +157,7 @@ def _scale_rows_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None, bac
     for start, grid in grids(gradient):
         rows = slice(start, start + grid.shape[0] * grid.shape[1])
         kernels(backend).scale(grid, factor, None if row_scale is None else row_scale[rows])
+    _overwritten(gradient)
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------------------------
