@@ -43,12 +43,12 @@ static void policy_of(const Rows<T, R>& rows, const Loss<R>& loss, R* stats, con
   if (rows.few()) {  // columns are shared out, which needs the row's statistics first
     write_statistics(rows, stats);
     const int64_t segments = rows.segments();
-    torch::stable::parallel_for(0, rows.count * segments, 1, [&](int64_t begin, int64_t end) {
+    share_out(rows.count * segments, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) gradient_row(i / segments, i % segments * SEGMENT, rows.width(i % segments));
     });
     return;
   }
-  torch::stable::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) {
+  share_out(rows.count, rows.piece(), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       if (rows.counts(n)) {
         const Reading<R> how = rows.reading(n);

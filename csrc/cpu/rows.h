@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <optional>
 #include <type_traits>
@@ -81,6 +83,7 @@ struct Rows {
 
   int64_t segments() const { return (columns + SEGMENT - 1) / SEGMENT; }
   int64_t width(int64_t segment) const { return segment + 1 == segments() ? columns - segment * SEGMENT : SEGMENT; }
+  int64_t piece() const { return std::max<int64_t>(1, 4 * SEGMENT / columns); }  // of rows: enough work to be worth taking
   // Too few rows to give every thread some: the columns are shared out instead.
   bool few() const { return count < 8 * int64_t(torch::stable::get_num_threads()); }
 
@@ -180,11 +183,20 @@ void write_gradient(const Rows<T, R>& rows, int64_t row, const Coefficients<doub
   for (const Special& s : special) out[s.column] = s.value;
 }
 
+// f(begin, end) over pieces of 0 … count − 1, which threads take as they get free: on a shared machine no two of them are equally fast.
+template <class Function>
+void share_out(int64_t count, int64_t piece, const Function& f) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < count;) f(begin, std::min(begin + piece, count));
+  });
+}
+
 // The packed statistics (or sums) of every row.
 template <class T, class R>
 void write_statistics(const Rows<T, R>& rows, R* out) {
   if (!rows.few()) {
-    torch::stable::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) {
+    share_out(rows.count, rows.piece(), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         if (!rows.counts(n)) { write_masked(rows.flags, out + n, rows.count); continue; }
         const Reading<R> how = rows.reading(n);
@@ -196,7 +208,7 @@ void write_statistics(const Rows<T, R>& rows, R* out) {
   // Few rows: every thread takes some segments of some row; merged in index order afterwards they give the bits that the loop above does.
   const int64_t segments = rows.segments();
   std::vector<Sums<double>> parts(rows.count * segments);
-  torch::stable::parallel_for(0, rows.count * segments, 1, [&](int64_t begin, int64_t end) {
+  share_out(rows.count * segments, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       if (rows.counts(i / segments)) parts[i] = rows.segment(i / segments, rows.reading(i / segments), i % segments);
   });

@@ -14,7 +14,7 @@ static Coefficients<double> upstream_coefficients(const Rows<T, R>& rows, int64_
 template <class T, class R>
 static void write_gradients(const Rows<T, R>& rows, const R* stats, const R* upstream, int64_t given, const View<T>& out) {
   const int64_t blocks = rows.few() ? rows.segments() : 1;
-  torch::stable::parallel_for(0, rows.count * blocks, 1, [&](int64_t begin, int64_t end) {
+  share_out(rows.count * blocks, blocks == 1 ? rows.piece() : 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / blocks, block = i % blocks;
       const auto co = rows.counts(n) ? upstream_coefficients(rows, n, stats, upstream, given) : Coefficients<double>();
@@ -27,7 +27,7 @@ static void write_gradients(const Rows<T, R>& rows, const R* stats, const R* ups
 // Sums of dL/d(logits · scale + bias) over the rows, in row order: threads share out columns.
 template <class T, class R>
 static void add_bias_gradient(const Rows<T, R>& rows, const R* stats, const R* upstream, int64_t given, R* bias_grad) {
-  torch::stable::parallel_for(0, rows.segments(), 1, [&](int64_t begin, int64_t end) {
+  share_out(rows.segments(), 1, [&](int64_t begin, int64_t end) {
     std::vector<R> dx(SEGMENT);
     for (int64_t block = begin; block < end; ++block)
       for (int64_t n = 0; n < rows.count; ++n) {
