@@ -138,6 +138,45 @@ R point_value(const T* z) {
 
 // ---- functions --------------------------------------------------------------------------------------------------------------------------
 
+// 2^f for |f| <= 1/2, relative error below 1e-7, and exactly 1 at 0.
+INLINE F two_to_the(F f) {
+  F p = fma(f, all<float>(1.3269614428e-3f), all<float>(9.6712941304e-3f));
+  p = fma(p, f, all<float>(5.5507108569e-2f));
+  p = fma(p, f, all<float>(2.4022246897e-1f));
+  p = fma(p, f, all<float>(6.9314700365e-1f));
+  return fma(p, f, all<float>(1.0f));
+}
+
+// 2^y for the sums, y <= about 1, relative error below 5e-7. Far below 0 it is 0 or too small to tell. `clamped` is y, or a finite number
+// where y is −inf, so that 2^y · clamped is nothing and not NaN. Multiplications are what the processor is short of: 2^(j/16) comes out of
+// a register, which leaves a parabola for the rest.
+#if ROW_BYTES == 64
+INLINE F power(F y, F& clamped) {
+  const __m512 sixteenths = _mm512_setr_ps(1, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+                                           1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f,
+                                           1.91520656f);
+  const F magic = all<float>(786432.0f);  // 1.5 · 2^19: adding it rounds to sixteenths, and j then stands in the last four bits
+  clamped = maximum<float>(all<float>(-160.0f), y);
+  F shifted = clamped + magic, n = shifted - magic, f = clamped - n;
+  F p = fma(fma(f, all<float>(2.4022747576e-1f), all<float>(6.9318771362e-1f)), f, all<float>(1.0f));
+  F root = (F)_mm512_permutexvar_ps((__m512i)shifted, sixteenths);
+  return (F)_mm512_scalef_ps((__m512)(p * root), (__m512)n);  // which takes the whole part of n
+}
+#else
+INLINE F power(F y, F& clamped) {
+  const F magic = all<float>(12582912.0f);
+  clamped = maximum<float>(all<float>(-125.0f), y);
+  F shifted = clamped + magic, n = shifted - magic;
+  return (F)((I32)two_to_the(clamped - n) + ((I32)shifted << 23));
+}
+#endif
+INLINE D power(D y, D& clamped) {
+  clamped = maximum<double>(all<double>(-2e4), y);
+  D out;
+  for (int i = 0; i < LANES<double>; ++i) out[i] = std::exp2(clamped[i]);
+  return out;
+}
+
 // e^x for x <= about 1, relative error below 1.5e-7: 2^n · 2^f with a polynomial for 2^f, |f| <= 1/2. NaN stays. `clamped` is x, or where
 // that is below anything e^x can tell from 0 a finite number, so that e^x · clamped is 0 and not NaN for −inf.
 INLINE F exponential(F x, F& clamped) {
@@ -151,11 +190,7 @@ INLINE F exponential(F x, F& clamped) {
 #else
   F f = fma(clamped, log2e, -n);
 #endif
-  F p = fma(f, all<float>(1.3269614428e-3f), all<float>(9.6712941304e-3f));
-  p = fma(p, f, all<float>(5.5507108569e-2f));
-  p = fma(p, f, all<float>(2.4022246897e-1f));
-  p = fma(p, f, all<float>(6.9314700365e-1f));
-  p = fma(p, f, all<float>(1.0f));
+  F p = two_to_the(f);
 #if ROW_SCALEF
   return (F)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -215,14 +250,15 @@ INLINE double lane_sum(const Vec<R> (&v)[UNROLL]) {
   return sum;
 }
 
-// A segment in scratch: y, which is the logit itself where it is plain and x where it is not, so that x − m is one multiplication and
-// addition, rounded once however large x and m are.
+// A segment in scratch: y, which is the logit itself where it is plain and x where it is not. The sums are made of (x − m) · log2 e, one
+// multiplication and addition that is rounded once however large x and m are.
 template <class R>
 struct Source {
   const R* y;
   Vec<R> factor, minus_m;
   Vec<R> at(int64_t j) const { return fma_exact(load(y + j), factor, minus_m); }
 };
+constexpr double LOG2_E = 1.44269504088896340736, LN_2 = 0.69314718055994530942;
 
 // The sums of a segment; the two largest x are the two largest of the candidates.
 struct Segment : Sums<double> {
@@ -235,7 +271,7 @@ struct Segment : Sums<double> {
 
 // Add the sums over n elements, a multiple of UNROLL vectors.
 template <bool T_, bool TOTAL, bool RARE, class R>
-INLINE void accumulate(const Source<R>& source, int64_t n, R m, Segment& out) {
+INLINE void accumulate(const Source<R>& source, int64_t n, Segment& out) {
   constexpr int W = LANES<R>, STEP = UNROLL * W;
   constexpr int64_t STRETCH = 64 * STEP;  // additions in a row in one lane, of which rounding would make more and more of an error
   Vec<R> s2[UNROLL] = {}, top[UNROLL], second[UNROLL];
@@ -245,7 +281,7 @@ INLINE void accumulate(const Source<R>& source, int64_t n, R m, Segment& out) {
     const int64_t end = begin + STRETCH < n ? begin + STRETCH : n;
     for (int64_t j = begin; j < end; j += STEP)
       for (int u = 0; u < UNROLL; ++u) {
-        Vec<R> d = source.at(j + u * W), clamped, e = exponential(d, clamped);
+        Vec<R> d = source.at(j + u * W), clamped, e = power(d, clamped);
         s[u] += e;
         if (T_) t[u] = fma(e, clamped, t[u]);
         if (TOTAL) sum[u] += d;
@@ -263,10 +299,10 @@ INLINE void accumulate(const Source<R>& source, int64_t n, R m, Segment& out) {
   out.s2 += lane_sum<R>(s2);
   for (int u = 0; u < UNROLL; ++u)
     for (int i = 0; i < W; ++i)
-      for (int k = 0; k < 2; ++k) out.add_candidate(double(m) + double(k ? second[u][i] : top[u][i]));
+      for (int k = 0; k < 2; ++k) out.add_candidate(k ? second[u][i] : top[u][i]);
 }
 
-// Total and number of the finite x − m.
+// Total and number of the finite ones.
 template <class R>
 void finite_total(const Source<R>& source, int64_t begin, int64_t end, Segment& out) {
   constexpr int W = LANES<R>;
@@ -279,12 +315,12 @@ void finite_total(const Source<R>& source, int64_t begin, int64_t end, Segment& 
 
 // Of n elements; behind them −inf up to a multiple of UNROLL vectors, which adds nothing to s and t.
 template <bool T_, bool TOTAL, bool RARE, class R>
-void sums_of(const Source<R>& source, int64_t n, R m, Segment& out) {
+void sums_of(const Source<R>& source, int64_t n, Segment& out) {
   constexpr int STEP = UNROLL * LANES<R>;
   const int64_t whole = n / STEP * STEP;
-  accumulate<T_, TOTAL, RARE, R>(source, whole, m, out);
+  accumulate<T_, TOTAL, RARE, R>(source, whole, out);
   const Source<R> rest{source.y + whole, source.factor, source.minus_m};
-  if (whole < n) accumulate<T_, false, RARE, R>(rest, STEP, m, out);
+  if (whole < n) accumulate<T_, false, RARE, R>(rest, STEP, out);
   out.finite = double(n);
   if (!TOTAL) return;
   if (out.total > -infinity<double>()) {
@@ -327,21 +363,35 @@ INLINE R fill(const T* z, const R* bias, int64_t n, const Reading<R>& how, R* y)
   return m;
 }
 
+// From sums of 2^d and d, d = (x − m) log2 e with m rounded in that base, to sums of e^(x − m) and x − m with m rounded in base e: m moves
+// by `shift`, which is no more than its rounding.
+INLINE void to_base_e(Segment& out, double shift) {
+  const double by = 1 + shift + shift * shift / 2;
+  out.t = by * (LN_2 * out.t + shift * out.s);
+  out.s *= by;
+  out.s2 *= by * by;
+  out.total = LN_2 * out.total + shift * out.finite;
+  out.second = out.second * LN_2 + shift + safe(out.m);
+}
+
 template <class T, class R>
 Sums<double> segment(const T* z, int64_t first, int64_t n, const Reading<R>& how, int64_t flags) {
   alignas(64) R y[SEGMENT + UNROLL * LANES<R>];
   const R* bias = how.bias ? how.bias + first : nullptr;
   const R top = how.plain ? fill<true, T, R>(z + first, bias, n, how, y) : fill<false, T, R>(z + first, bias, n, how, y);
-  const R factor = how.plain ? how.factor : R(1), m = top * factor, base = safe(m);
+  const double factor = how.plain ? double(how.factor) : 1.0;
+  const R by = R(factor * LOG2_E), m2 = safe(top * by);
   Segment out;
-  out.m = m;
-  const Source<R> source{y, all<R>(factor), all<R>(-base)};
+  out.m = R(top * factor);
+  const Source<R> source{y, all<R>(by), all<R>(-m2)};
   const bool t = wants_t(flags), total = flags & NEEDS_TOTAL;
-  if (flags & NEEDS_RARE) sums_of<true, true, true, R>(source, n, base, out);
-  else if (t && total) sums_of<true, true, false, R>(source, n, base, out);
-  else if (t) sums_of<true, false, false, R>(source, n, base, out);
-  else if (total) sums_of<false, true, false, R>(source, n, base, out);
-  else sums_of<false, false, false, R>(source, n, base, out);
+  if (flags & NEEDS_RARE) sums_of<true, true, true, R>(source, n, out);
+  else if (t && total) sums_of<true, true, false, R>(source, n, out);
+  else if (t) sums_of<true, false, false, R>(source, n, out);
+  else if (total) sums_of<false, true, false, R>(source, n, out);
+  else sums_of<false, false, false, R>(source, n, out);
+  const double at_top = double(top) * double(by) - double(m2);  // what the largest logit has become, instead of 0
+  to_base_e(out, top == -infinity<R>() ? 0.0 : (double(top) * factor - double(out.m)) - at_top * LN_2);
   if (wants(flags, ARGMAX))
     while (out.argmax < n && y[out.argmax] != top) ++out.argmax;
   out.argmax += first;
