@@ -42,9 +42,8 @@ def _load_library() -> str:
 # Found out once, at import: torch.compile then sees constants.
 _COMPILED = _load_library()
 _TRITON = "" if importlib.util.find_spec("triton") is not None else "not installed: pip install triton"
-_CUDA_CPP = _COMPILED or (
-    "" if hasattr(torch.ops.urlvr_fast, "cuda_statistics") else "not in this build: there was no nvcc when it was made"
-)
+_HAS_CUDA = hasattr(torch.ops.urlvr_fast, "cuda_statistics")
+_CUDA_CPP = _COMPILED or ("" if _HAS_CUDA else "not in this build: there was no nvcc or no CUDA torch")
 _MISSING = {"torch": "", "cpp": _COMPILED, "triton": _TRITON, "cuda": _CUDA_CPP}
 
 
