@@ -11,7 +11,7 @@ static const char* const names[SETS] = {"portable", "avx2", "avx512"};
 static bool has(Set set) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (set == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (set == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (set == AVX512)
     return has(AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");

@@ -26,9 +26,9 @@ def spread(stats: Tensor, index: Tensor | None, rows: int) -> Tensor:
     return stats if index is None else stats.new_zeros(len(stats), rows).index_copy_(1, index, stats)
 
 
-def join(chunks: list[Tensor], operand: Tensor, dtype: torch.dtype) -> Tensor:
+def join(chunks: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
     """The packed statistics of the chunks, end to end."""
-    return torch.cat([operand.new_zeros(STATS, 0, dtype=dtype), *chunks], 1)
+    return torch.cat([like.new_zeros(STATS, 0, dtype=dtype), *chunks], 1)
 
 
 class _LinearTokenStats(Function):
