@@ -3,10 +3,7 @@
 
 #include "cpu/instruction_set.h"
 #include "cpu/ops.h"
-
-#define ROWS_SCHEMA                                                                                                              \
-  "Tensor logits, Tensor? bias, Tensor? ids, Tensor? mask, Tensor? temperatures, Tensor? crow, Tensor? col, float temperature, " \
-  "float softcap, float scale, int id_offset, int total, int flags"
+#include "schema.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(urlvr_fast, m) {
   m.def("cpp_statistics(" ROWS_SCHEMA ", Tensor(a!) out) -> ()");

@@ -1,11 +1,8 @@
 // What the CUDA library offers torch. No autograd and no shapes here: `urlvr_fast/ops` defines the ops that users see.
 #include <torch/csrc/stable/library.h>
 
+#include "../schema.h"
 #include "ops.h"
-
-#define ROWS_SCHEMA                                                                                                              \
-  "Tensor logits, Tensor? bias, Tensor? ids, Tensor? mask, Tensor? temperatures, Tensor? crow, Tensor? col, float temperature, " \
-  "float softcap, float scale, int id_offset, int total, int flags"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(urlvr_fast, m) {
   m.def("cuda_statistics(" ROWS_SCHEMA ", Tensor(a!) out) -> ()");
