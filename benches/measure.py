@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benches.table import ALONE, PRODUCT
+
 SAMPLE_MS = 2.0  # calls shorter than this are repeated within a sample, where nothing must be prepared between them
 HOT_BELOW = 16 << 20  # bytes of logits up to which a CPU is measured with whatever its caches hold
 
@@ -185,9 +187,15 @@ def interleave(cases: list[Case], watch: Stopwatch, limits: Limits, seed: int = 
 
 
 def floors(logits: Tensor, destination: Callable[[], Tensor]) -> list[Case]:
-    """`copy_` and `clone()` of the logits, which everything is compared with."""
+    """`copy_` and `clone()` of the logits, which everything is compared with, and on a CPU a product with one thread and with all: on a
+    virtual machine what two threads gain there says whether they have a core each at the moment."""
     size = 2 * logits.numel() * logits.element_size()
-    return [
+    found = [
         Case("copy_", "", lambda: lambda _: destination().copy_(logits), size),
         Case("clone()", "", lambda: lambda _: logits.clone(), size),
     ]
+    if logits.device.type == "cpu":
+        square = torch.ones(256, 256)
+        product = Case(PRODUCT, "", lambda: lambda _: square.mm(square), 3 * 4 * 256**2)
+        found += [product, Case(PRODUCT + ALONE, "", product.load, product.bytes, threads=1)]
+    return found

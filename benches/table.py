@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benches" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OWN, OWN_TORCH, ALONE = "urlvr_fast ", "urlvr_fast torch", ", one thread"
+PRODUCT = "a product of 256 × 256"  # what tells whether two threads have a core each
 SHORT = {"self_certainty": "SC", "gradient": "grad"}
 
 
@@ -235,13 +236,32 @@ def _copies(result: dict) -> Iterator[str]:
         yield f"{_full(scenario['scenario'])}: {', '.join(rates)}"
 
 
+def _threads_gain(result: dict) -> Iterator[str]:
+    for scenario in result["scenarios"]:
+        product = {c["measure"]: summary(c["samples_ms"])[0] for c in scenario["cases"] if c["measure"].startswith(PRODUCT)}
+        if product:
+            yield f"{_shape(scenario['scenario'])} {product[PRODUCT + ALONE] / product[PRODUCT]:.2f}×"
+
+
+def _cores(result: dict) -> list[str]:
+    gains = ", ".join(dict.fromkeys(_threads_gain(result)))
+    return [f"All threads against one in {PRODUCT}, measured between the others: {gains}"] if gains else []
+
+
 def text(result: dict) -> str:
     """The whole result for a terminal."""
     table = _rows(list(lines(result)))
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     drawn = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     drawn.insert(1, "  ".join("-" * width for width in widths))
-    notes = [_machine(result), _versions(result), "GB/s (2 · bytes / time):", *(f"  {rate}" for rate in _copies(result)), *_memory(result)]
+    notes = [
+        _machine(result),
+        _versions(result),
+        "GB/s (2 · bytes / time):",
+        *(f"  {rate}" for rate in _copies(result)),
+        *_cores(result),
+        *_memory(result),
+    ]
     return "\n".join([*drawn, "", *notes, "Not in the table:", *(f"  {reason}" for reason in _absences(result))])
 
 
@@ -266,7 +286,10 @@ def markdown(result: dict) -> str:
     drawn = ["| " + " | ".join(row) + " |" for row in table]
     drawn.insert(1, "|" + "---|" * len(table[0]))
     notes = ["Milliseconds: median ± half of the distance between the quartiles. SC: self-certainty. of copy: of the bandwidth of `copy_`."]
-    notes += [f"{_machine(result)}; {_versions(result)}; {result['time'][:10]}.", *(f"{entry}." for entry in _memory(result))]
+    notes += [
+        f"{_machine(result)}; {_versions(result)}; {result['time'][:10]}.",
+        *(f"{entry}." for entry in [*_cores(result), *_memory(result)]),
+    ]
     absent = [f"{p['name']} ({p['absent']})" for p in result["providers"] if p["absent"]]
     notes += [f"Not in the table: {'; '.join(absent)}."] if absent else []
     return "\n".join([*drawn, "", *(f"* {note}" for note in notes)])

@@ -148,29 +148,29 @@ INLINE F two_to_the(F f) {
 }
 
 // 2^y for the sums, y <= about 1, relative error below 5e-7. Far below 0 it is 0 or too small to tell. `clamped` is y, or a finite number
-// where y is −inf, so that 2^y · clamped is nothing and not NaN. Multiplications are what the processor is short of: 2^(j/16) comes out of
-// a register, which leaves a parabola for the rest.
+// where y is −inf, so that 2^y · clamped is nothing and not NaN; with FINITE, −inf may make that NaN, and the bits for all
+// else are the same. Multiplications are what the processor is short of: 2^(j/16) comes out of a register, which leaves a parabola.
 #if ROW_BYTES == 64
-INLINE F power(F y, F& clamped) {
+template <bool FINITE> INLINE F power(F y, F& clamped) {
   const __m512 sixteenths = _mm512_setr_ps(1, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
                                            1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f,
                                            1.91520656f);
   const F magic = all<float>(786432.0f);  // 1.5 · 2^19: adding it rounds to sixteenths, and j then stands in the last four bits
-  clamped = maximum<float>(all<float>(-160.0f), y);
+  clamped = FINITE ? y : maximum<float>(all<float>(-160.0f), y);
   F shifted = clamped + magic, n = shifted - magic, f = clamped - n;
   F p = fma(fma(f, all<float>(2.4022747576e-1f), all<float>(6.9318771362e-1f)), f, all<float>(1.0f));
   F root = (F)_mm512_permutexvar_ps((__m512i)shifted, sixteenths);
   return (F)_mm512_scalef_ps((__m512)(p * root), (__m512)n);  // which takes the whole part of n
 }
 #else
-INLINE F power(F y, F& clamped) {
+template <bool> INLINE F power(F y, F& clamped) {
   const F magic = all<float>(12582912.0f);
   clamped = maximum<float>(all<float>(-125.0f), y);
   F shifted = clamped + magic, n = shifted - magic;
   return (F)((I32)two_to_the(clamped - n) + ((I32)shifted << 23));
 }
 #endif
-INLINE D power(D y, D& clamped) {
+template <bool> INLINE D power(D y, D& clamped) {
   clamped = maximum<double>(all<double>(-2e4), y);
   D out;
   for (int i = 0; i < LANES<double>; ++i) out[i] = std::exp2(clamped[i]);
@@ -242,12 +242,28 @@ INLINE Vec<R> read(Vec<R> z, const R* bias, const Reading<R>& how, Vec<R>& slope
 
 // ---- sums -------------------------------------------------------------------------------------------------------------------------------
 
+// In double, and not one after the other: 64 additions that wait for each other cost as much as a fifth of a segment.
+INLINE D widened(F v) {
+  typedef float Half __attribute__((vector_size(ROW_BYTES / 2)));
+  Half half[2];
+  std::memcpy(half, &v, sizeof v);
+  return __builtin_convertvector(half[0], D) + __builtin_convertvector(half[1], D);
+}
+INLINE D widened(D v) { return v; }
 template <class R>
 INLINE double lane_sum(const Vec<R> (&v)[UNROLL]) {
+  static_assert(UNROLL == 4);
+  const D four = (widened(v[0]) + widened(v[1])) + (widened(v[2]) + widened(v[3]));
   double sum = 0;
-  for (int u = 0; u < UNROLL; ++u)
-    for (int i = 0; i < LANES<R>; ++i) sum += v[u][i];
+  for (int i = 0; i < LANES<double>; ++i) sum += four[i];
   return sum;
+}
+template <class R>
+INLINE R lane_maximum(const Vec<R> (&v)[UNROLL]) {
+  const Vec<R> one = maximum<R>(maximum<R>(v[0], v[1]), maximum<R>(v[2], v[3]));
+  R m = -infinity<R>();
+  for (int i = 0; i < LANES<R>; ++i) m = one[i] > m ? one[i] : m;
+  return m;
 }
 
 // A segment in scratch: y, which is the logit itself where it is plain and x where it is not. The sums are made of (x − m) · log2 e, one
@@ -270,7 +286,7 @@ struct Segment : Sums<double> {
 };
 
 // Add the sums over n elements, a multiple of UNROLL vectors.
-template <bool T_, bool TOTAL, bool RARE, class R>
+template <bool FINITE, bool T_, bool TOTAL, bool RARE, class R>
 INLINE void accumulate(const Source<R>& source, int64_t n, Segment& out) {
   constexpr int W = LANES<R>, STEP = UNROLL * W;
   constexpr int64_t STRETCH = 64 * STEP;  // additions in a row in one lane, of which rounding would make more and more of an error
@@ -281,7 +297,7 @@ INLINE void accumulate(const Source<R>& source, int64_t n, Segment& out) {
     const int64_t end = begin + STRETCH < n ? begin + STRETCH : n;
     for (int64_t j = begin; j < end; j += STEP)
       for (int u = 0; u < UNROLL; ++u) {
-        Vec<R> d = source.at(j + u * W), clamped, e = power(d, clamped);
+        Vec<R> d = source.at(j + u * W), clamped, e = power<FINITE>(d, clamped);
         s[u] += e;
         if (T_) t[u] = fma(e, clamped, t[u]);
         if (TOTAL) sum[u] += d;
@@ -318,9 +334,14 @@ template <bool T_, bool TOTAL, bool RARE, class R>
 void sums_of(const Source<R>& source, int64_t n, Segment& out) {
   constexpr int STEP = UNROLL * LANES<R>;
   const int64_t whole = n / STEP * STEP;
-  accumulate<T_, TOTAL, RARE, R>(source, whole, out);
+  const Segment none = out;
+  accumulate<true, T_, TOTAL, RARE, R>(source, whole, out);
+  if (out.s != out.s || out.t != out.t) {  // a −inf (or a NaN, which will be back)
+    out = none;
+    accumulate<false, T_, TOTAL, RARE, R>(source, whole, out);
+  }
   const Source<R> rest{source.y + whole, source.factor, source.minus_m};
-  if (whole < n) accumulate<T_, false, RARE, R>(rest, STEP, out);
+  if (whole < n) accumulate<false, T_, false, RARE, R>(rest, STEP, out);
   out.finite = double(n);
   if (!TOTAL) return;
   if (out.total > -infinity<double>()) {
@@ -332,7 +353,8 @@ void sums_of(const Source<R>& source, int64_t n, Segment& out) {
   }
 }
 
-// Write y of n columns to scratch, −inf behind them, and return the largest.
+// Write y of n columns to scratch, −inf behind them, and return the largest. The order within a step is that of load_two where nothing
+// else has an order: what is added up does not need one.
 template <bool PLAIN, class T, class R>
 INLINE R fill(const T* z, const R* bias, int64_t n, const Reading<R>& how, R* y) {
   constexpr int W = LANES<R>, STEP = UNROLL * W;
@@ -341,10 +363,13 @@ INLINE R fill(const T* z, const R* bias, int64_t n, const Reading<R>& how, R* y)
   auto of = [&](const T* at, const R* bias_at) { return PLAIN ? load(at) : read<R>(load(at), bias_at, how, slope); };
   int64_t j = 0;
   for (; j + STEP <= n; j += STEP)
-    for (int u = 0; u < UNROLL; ++u) {
-      Vec<R> v = of(z + j + u * W, bias ? bias + j + u * W : nullptr);
-      store(y + j + u * W, v);
-      top[u] = maximum<R>(v, top[u]);
+    for (int u = 0; u < UNROLL; u += 2) {
+      const int64_t k = j + u * W, l = k + W;
+      Vec<R> a, b;
+      if constexpr (PLAIN) load_two(z + k, a, b);
+      else a = of(z + k, bias ? bias + k : nullptr), b = of(z + l, bias ? bias + l : nullptr);
+      store(y + k, a), store(y + l, b);
+      top[u] = maximum<R>(a, top[u]), top[u + 1] = maximum<R>(b, top[u + 1]);
     }
   for (const int64_t end = j + STEP; j < n; j += W) {
     T rest[W] = {};
@@ -357,10 +382,21 @@ INLINE R fill(const T* z, const R* bias, int64_t n, const Reading<R>& how, R* y)
       for (int64_t k = n; k < end; ++k) y[k] = -infinity<R>();
     top[0] = maximum<R>(load(y + j), top[0]);
   }
-  R m = -infinity<R>();
-  for (int u = 0; u < UNROLL; ++u)
-    for (int i = 0; i < W; ++i) m = top[u][i] > m ? top[u][i] : m;
-  return m;
+  return lane_maximum<R>(top);
+}
+
+// The first of n columns that holds `value`; n where none does.
+template <class T, class R>
+int64_t column_of(const T* z, int64_t n, R value) {
+  constexpr int W = LANES<R>;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) {
+    const Int<R> same = load(z + j) == all<R>(value);
+    for (int i = 0; i < W; ++i)
+      if (same[i]) return j + i;
+  }
+  while (j < n && point_value<T, R>(z + j) != value) ++j;
+  return j;
 }
 
 // From sums of 2^d and d, d = (x − m) log2 e with m rounded in that base, to sums of e^(x − m) and x − m with m rounded in base e: m moves
@@ -392,8 +428,7 @@ Sums<double> segment(const T* z, int64_t first, int64_t n, const Reading<R>& how
   else sums_of<false, false, false, R>(source, n, out);
   const double at_top = double(top) * double(by) - double(m2);  // what the largest logit has become, instead of 0
   to_base_e(out, top == -infinity<R>() ? 0.0 : (double(top) * factor - double(out.m)) - at_top * LN_2);
-  if (wants(flags, ARGMAX))
-    while (out.argmax < n && y[out.argmax] != top) ++out.argmax;
+  if (wants(flags, ARGMAX)) out.argmax = how.plain ? column_of(z + first, n, top) : column_of(y, n, top);
   out.argmax += first;
   return out;
 }
