@@ -12,7 +12,15 @@ DTYPE = torch.float64
 N, H, V, B = 23, 6, 17, 4
 CU = torch.tensor([0, 5, 5, 14, 23])
 DIFFERENTIABLE = ("logp", "lse", "entropy", "self_certainty", "mean_logit")
-TINY, SMALL, LARGE = 1, 8 * V * 4, 1 << 28  # one row, four rows, everything
+
+
+def budget(rows, dtype=DTYPE):
+    """The chunk_bytes that `rows` rows fit."""
+    return head.VECTOR_BYTES * N + rows * (V + 2 * H) * dtype.itemsize
+
+
+TINY, SMALL, LARGE = 1, budget(4), 1 << 28  # one row, four rows, everything
+TILE = 4 * V * 8  # bytes of four rows of logits
 
 
 def problem(seed=0, dtype=DTYPE):
@@ -53,7 +61,7 @@ def test_statistics_are_those_of_the_product(kind, save, chunk_bytes, masked):
     outputs = (*DIFFERENTIABLE, "argmax", "prob_gap")
     upstream = torch.randn(len(DIFFERENTIABLE), N, generator=g, dtype=DTYPE)
     got = linear_token_stats(
-        hidden, weight, ids, outputs=outputs, bias=bias, save=save, save_bytes=SMALL * 2, chunk_bytes=chunk_bytes, **options
+        hidden, weight, ids, outputs=outputs, bias=bias, save=save, save_bytes=TILE * 2, chunk_bytes=chunk_bytes, **options
     )
     expected = token_stats(hidden @ weight.T, ids, outputs=outputs, bias=bias, **options)
     gradients = []
@@ -81,12 +89,12 @@ def test_what_is_saved(monkeypatch):
     """Tiles that fit the budget are kept, the others computed again: counted in products."""
     products = []
     original = head.Head.logits
-    monkeypatch.setattr(head.Head, "logits", lambda self, operand: products.append(len(operand)) or original(self, operand))
+    monkeypatch.setattr(head.Head, "logits", lambda self, operand, *out: products.append(len(operand)) or original(self, operand, *out))
     chunks = math.ceil(N / 4)
     for save, again in (("logits", 0), ("recompute", chunks), ("auto", chunks - 2)):
         hidden, weight, ids, _ = problem()
         products.clear()
-        stats = linear_token_stats(hidden, weight, ids, outputs="logp", save=save, save_bytes=2 * SMALL, chunk_bytes=SMALL)
+        stats = linear_token_stats(hidden, weight, ids, outputs="logp", save=save, save_bytes=2 * TILE, chunk_bytes=SMALL)
         assert len(products) == chunks
         stats.logp.sum().backward()
         assert len(products) == chunks + again
@@ -231,13 +239,13 @@ def test_loss_with_every_reading_of_the_logits(kind, loss_type):
 
 def product_rows(monkeypatch):
     """Rows that go through each product of a call: forward, dX, dW."""
-    counts = {"logits": 0, "hidden_gradient": 0, "add_weight_gradient": 0}
+    counts = {"logits": 0, "hidden_gradient": 0, "weight_gradient": 0}
     for name in counts:
         original = getattr(head.Head, name)
 
-        def counted(self, first, *rest, name=name, original=original):
+        def counted(self, first, *rest, name=name, original=original, **options):
             counts[name] += len(first)
-            return original(self, first, *rest)
+            return original(self, first, *rest, **options)
 
         monkeypatch.setattr(head.Head, name, counted)
     return counts
@@ -260,9 +268,9 @@ def test_frozen_weight_and_detached_hidden_cost_no_product(monkeypatch):
     counts = product_rows(monkeypatch)
     hidden, weight, ids, _ = problem()
     linear_policy_loss(hidden, weight.detach(), ids, advantages=torch.ones(N, dtype=DTYPE))[0].backward()
-    assert (counts["hidden_gradient"], counts["add_weight_gradient"]) == (N, 0)
+    assert (counts["hidden_gradient"], counts["weight_gradient"]) == (N, 0)
     linear_policy_loss(hidden.detach(), weight, ids, advantages=torch.ones(N, dtype=DTYPE))[0].backward()
-    assert (counts["hidden_gradient"], counts["add_weight_gradient"]) == (N, N)
+    assert (counts["hidden_gradient"], counts["weight_gradient"]) == (N, N)
 
 
 def test_dead_rows_never_reach_the_head(monkeypatch):

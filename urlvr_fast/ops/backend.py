@@ -69,11 +69,15 @@ def instruction_set() -> str:
     return torch.ops.urlvr_fast.cpp_instruction_set("")
 
 
-def choose_backend(backend: str | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
+def choose_backend(
+    backend: str | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, off_model: bool = False
+) -> str:
     """The backend that runs a call on tensors of that device and dtype.
 
     Args:
         backend: a name out of `BACKENDS`; None asks URLVR_FAST_BACKEND, and where that is unset or empty `PREFERENCE`.
+        off_model: the tensors may be on the host while the model is on a GPU, as rewards are: there URLVR_FAST_BACKEND does not speak of
+            them if it names a backend that takes tensors of another device.
 
     Raises:
         ValueError: no backend has that name.
@@ -84,6 +88,8 @@ def choose_backend(backend: str | None = None, device: str | torch.device = "cpu
     source = "backend="
     if backend is None:
         backend, source = os.environ.get("URLVR_FAST_BACKEND") or None, "URLVR_FAST_BACKEND="
+        if off_model and backend in BACKENDS and _device_of(backend) not in ("", device):
+            backend = None
     if backend is None:
         return _best(device, dtype)
     if backend not in BACKENDS:
@@ -120,4 +126,6 @@ def kernels(name: str) -> Any:
         return triton
     ops = torch.ops.urlvr_fast
     compiled = {f: getattr(ops, f"{name}_{f}").default for f in ("statistics", "gradient", "policy")}
-    return SimpleNamespace(**compiled, scale=rows.scale if name == "cpp" else ops.cuda_scale.default)
+    if name == "cuda":
+        return SimpleNamespace(**compiled, scale=ops.cuda_scale.default)
+    return SimpleNamespace(**compiled, scale=rows.scale, group_advantages=ops.cpp_group_advantages.default)

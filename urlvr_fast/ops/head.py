@@ -1,69 +1,96 @@
 """The products of an lm_head with rows of hidden states: fp32 logits out, gradients accumulated in fp32, whatever the inputs are.
 
-16-bit operands are exact numbers in fp32, so they are upcast, the weight a slab of vocabulary at a time: log-probs are as accurate as
-those of an fp32 head, and the extra memory is a slab.
+On CUDA 16-bit operands go into the products as they are, with fp32 results; the gradient of the logits is rounded to 16 bits for its two
+products. Elsewhere such products do not exist or are slower than fp32 ones, so 16-bit operands, exact numbers in fp32, are upcast: the
+weight a slab of vocabulary at a time, so that the extra memory is a slab. Either way log-probs are as accurate as those of an fp32 head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from urlvr_fast.ops.layout import Stat
 from urlvr_fast.ops.reference import accumulation_dtype
-from urlvr_fast.ops.row_ops import Upstream, gradient, statistics
+from urlvr_fast.ops.row_ops import Upstream, gradient, ops, statistics
 from urlvr_fast.ops.spec import RowSpec, readable
 
-SLAB_ELEMENTS = 1 << 23  # of the weight, upcast at a time: 32 MiB
+SLAB_ELEMENTS = 1 << 21  # of the weight, upcast at a time: 8 MiB, which stays in the cache until the product reads it
+CHUNK_BYTES = 256 << 20
+VECTOR_BYTES = 128  # of vectors a row in a call: statistics, loss rows, what metrics need
+NARROW = ("cuda",)  # devices that multiply 16-bit operands into fp32 results
 
 
-@dataclass(frozen=True)
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """a · b into `out`, or added to it. 16-bit operands with an fp32 `out` are for devices in `NARROW`."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    elif add:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
 class Head:
-    """(columns, H) weight; `product_dtype` is what its operands count in (autocast's dtype under autocast)."""
+    """weight: (columns, H). product_dtype: what its operands count in (autocast's dtype under autocast)."""
 
-    weight: Tensor
-    product_dtype: torch.dtype
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return accumulation_dtype(self.product_dtype)
+    def __init__(self, weight: Tensor, product_dtype: torch.dtype) -> None:
+        self.weight, self.product_dtype = weight, product_dtype
+        self.dtype = accumulation_dtype(product_dtype)
+        self.narrow = product_dtype != self.dtype and weight.device.type in NARROW
+        self.operand_dtype = product_dtype if self.narrow else self.dtype
+        as_it_is = self.narrow or weight.dtype == self.dtype == product_dtype  # narrow under autocast: a copy that torch would make too
+        self._ready = weight.to(product_dtype) if as_it_is else None
+        self._slab: Tensor | None = None
 
     def operand(self, hidden: Tensor) -> Tensor:
         """Rows of hidden states as the products take them."""
-        return hidden.to(self.product_dtype).to(self.dtype)
+        return hidden.to(self.product_dtype).to(self.operand_dtype)
+
+    @property
+    def _slab_rows(self) -> int:
+        return min(len(self.weight), max(1, SLAB_ELEMENTS // max(1, self.weight.shape[1])))
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Memory that products need at any number of rows."""
+        return 0 if self._ready is not None else self._slab_rows * self.weight.shape[1] * self.dtype.itemsize
+
+    def release(self) -> None:
+        """Give back what only products need: there will be no more."""
+        self._ready = self._slab = None
 
     def _slabs(self) -> Iterator[tuple[int, int, Tensor]]:
-        rows, width = self.weight.shape
-        step = rows if self.weight.dtype == self.dtype == self.product_dtype else max(1, SLAB_ELEMENTS // max(1, width))
-        for a in range(0, rows, step):
-            yield a, min(a + step, rows), self.operand(self.weight[a : a + step])
+        if self._ready is not None:
+            yield 0, len(self.weight), self._ready
+            return
+        if self._slab is None:
+            self._slab = self.weight.new_empty(self._slab_rows, self.weight.shape[1], dtype=self.dtype)
+        for a in range(0, len(self.weight), self._slab_rows):
+            part = self.weight[a : a + self._slab_rows].to(self.product_dtype)
+            yield a, a + len(part), self._slab[: len(part)].copy_(part)
 
-    def logits(self, operand: Tensor) -> Tensor:
-        """(n, H) -> (n, columns)."""
-        out = operand.new_empty(len(operand), len(self.weight))
+    def logits(self, operand: Tensor, out: Tensor | None = None) -> Tensor:
+        """(n, H) -> (n, columns), into `out` where it is given."""
+        out = operand.new_empty(len(operand), len(self.weight), dtype=self.dtype) if out is None else out
         for a, b, weight in self._slabs():
-            torch.mm(operand, weight.t(), out=out[:, a:b])
+            product(operand, weight.t(), out[:, a:b])
         return out
 
-    def hidden_gradient(self, d_logits: Tensor) -> Tensor:
-        """(n, columns) -> (n, H)."""
-        out = d_logits.new_zeros(len(d_logits), self.weight.shape[1])
+    def hidden_gradient(self, d_logits: Tensor, out: Tensor) -> None:
+        """(n, columns) -> `out` (n, H)."""
         for a, b, weight in self._slabs():
-            out.addmm_(d_logits[:, a:b], weight)
-        return out
+            product(d_logits[:, a:b], weight, out, add=a > 0)
 
-    def add_weight_gradient(self, d_logits: Tensor, operand: Tensor, out: Tensor) -> None:
-        """Add d_logitsᵀ · operand to the first rows of `out`."""
-        out[: len(self.weight)].addmm_(d_logits.t(), operand)
+    def weight_gradient(self, d_logits: Tensor, operand: Tensor, out: Tensor, *, add: bool) -> None:
+        """d_logitsᵀ · operand into `out` (columns, H), or added to it."""
+        product(d_logits.t(), operand, out, add=add)
 
-
-def row_chunks(rows: int, spec: RowSpec, columns: int, dtype: torch.dtype, chunk_bytes: int) -> Iterator[slice]:
-    """Cut rows so that the logits tile of a piece fits `chunk_bytes` (a piece has at least one row)."""
-    widest = columns if spec.shard is None else spec.shard.widest
-    step = max(1, chunk_bytes // (widest * dtype.itemsize))
-    return (slice(a, min(a + step, rows)) for a in range(0, rows, step))
+    def weight_sum(self) -> Tensor:
+        """(H,) sum over the vocabulary."""
+        return sum((weight.sum(0, dtype=self.dtype) for _, _, weight in self._slabs()), self.weight.new_zeros((), dtype=self.dtype))
 
 
 class HeadRows:
@@ -77,12 +104,33 @@ class HeadRows:
         spec: RowSpec,
         columns: int,
         product_dtype: torch.dtype,
+        chunk_bytes: int,
         index: Tensor | None = None,  # (n,) int64: which of the N rows these are; None means all, in order
     ) -> None:
         self.hidden, self.spec, self.index = hidden.detach(), spec, index
         self.head = Head(weight.detach()[:columns], product_dtype)
         self.bias = None if bias is None else bias.detach()[:columns].to(self.head.dtype)
         self.count = len(hidden) if index is None else len(index)
+        self.step = self._rows_of_a_chunk(chunk_bytes)
+        self._tile: Tensor | None = None
+        self.d_hidden: Tensor | None = None
+        self.d_weight: Tensor | None = None
+        self.d_bias: Tensor | None = None
+
+    def _rows_of_a_chunk(self, chunk_bytes: int) -> int:
+        """So that a chunk and everything else that is neither an input nor a gradient fit `chunk_bytes`; at least one row."""
+        head, width = self.head, self.hidden.shape[1]
+        widest = len(head.weight) if self.spec.shard is None else self.spec.shard.widest  # every rank cuts alike
+        logits = head.dtype.itemsize + (head.product_dtype.itemsize if head.narrow else 0)
+        row = widest * logits + width * (head.operand_dtype.itemsize + head.dtype.itemsize)
+        return max(1, (chunk_bytes - head.fixed_bytes - len(self.hidden) * VECTOR_BYTES) // row)
+
+    def chunks(self) -> list[slice]:
+        return [slice(a, min(a + self.step, self.count)) for a in range(0, self.count, self.step)]
+
+    def of_all(self, rows: slice) -> Tensor | slice:
+        """Which of the N rows these are."""
+        return rows if self.index is None else self.index[rows]
 
     def operand(self, rows: slice) -> Tensor:
         chosen = self.hidden[rows] if self.index is None else self.hidden.index_select(0, self.index[rows])
@@ -90,44 +138,78 @@ class HeadRows:
         mask = None if self.spec.mask is None else self.spec.mask[rows]
         return chosen if mask is None else chosen.masked_fill(~mask[:, None], 0)  # 0 · NaN of a masked row would reach dW
 
-    def logits(self, operand: Tensor) -> Tensor:
-        return self.head.logits(operand)
+    def logits(self, operand: Tensor, *, reuse: bool = True) -> Tensor:
+        """(n, columns) fp32; with `reuse` in memory that the next call takes again: fresh pages cost more than a pass over them."""
+        if not reuse:
+            return self.head.logits(operand)
+        if self._tile is None:
+            self._tile = operand.new_empty(min(self.step, self.count), len(self.head.weight), dtype=self.head.dtype)
+        return self.head.logits(operand, self._tile[: len(operand)])
 
     def statistics(self, tile: Tensor, rows: slice) -> Tensor:
         """(STATS, n) packed."""
         return statistics(tile, self.bias, tile.shape[1], self.spec.select(rows))
 
     def start_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
-        """Buffers in the accumulation dtype for what is wanted."""
-        make = self.hidden.new_zeros
-        dtype, width = self.head.dtype, self.hidden.shape[1]
-        self.d_hidden = make(len(self.hidden), width, dtype=dtype) if hidden else None
-        self.d_weight = make(len(self.head.weight), width, dtype=dtype) if weight else None
-        self.d_bias = make(len(self.head.weight), dtype=dtype) if bias else None
+        """Buffers for what is wanted. A row of `d_hidden` is complete after its chunk and is stored in the hidden states' dtype, unless
+        vocabulary shards have yet to be added up; what adds up over chunks is in the accumulation dtype."""
+        dtype, (count, width) = self.head.dtype, self.hidden.shape
+        whole = self.index is None and self.count > 0
+        if hidden:
+            stored = self.hidden.dtype if self.spec.shard is None else dtype
+            self.d_hidden = self.hidden.new_empty(count, width, dtype=stored)
+            if not whole:
+                self.d_hidden.zero_()
+        if weight:
+            self.d_weight = self.hidden.new_empty(len(self.head.weight), width, dtype=dtype)
+            self._weight_begun = False
+        if bias:
+            self.d_bias = self.hidden.new_zeros(len(self.head.weight), dtype=dtype)
+        self._weight_sum: Tensor | None = None
+        self._weight_row: Tensor | None = None  # (H,) what is added to every row of d_weight at the end
 
     def add_gradients(self, tile: Tensor, operand: Tensor, rows: slice, stats: Tensor, upstream: Upstream, keep_tile: bool = False) -> None:
         """The gradients of a chunk, from those of its statistics. Overwrites the tile unless `keep_tile`."""
-        spec, target = self.spec.select(rows), self.index[rows] if self.index is not None else None
+        spec, target = self.spec.select(rows), self.of_all(rows)
         alive = self._alive(upstream)
         if alive is not None:
+            if self.d_hidden is not None and self.index is None:
+                self.d_hidden[rows] = 0
             if len(alive) == 0:
                 return
             tile, operand, spec, keep_tile = tile[alive], operand[alive], spec.select(alive), False
-            stats = stats[:, alive]
-            upstream = {name: g[alive] for name, g in upstream.items()}
-            target = torch.arange(rows.start, rows.stop)[alive] if target is None else target[alive]
-        bias_wanted = self.d_bias is not None
-        d_tile, d_bias = gradient(tile, self.bias, tile.shape[1], spec, stats, upstream, inplace=not keep_tile, bias_wanted=bias_wanted)
+            stats, upstream = stats[:, alive], {name: g[alive] for name, g in upstream.items()}
+            target = alive + rows.start if isinstance(target, slice) else target[alive]
+        upstream, flat = self._flat(upstream, stats, spec)
+        out, wanted = self.narrow_tile(tile), self.d_bias is not None
+        d_tile, d_bias = gradient(tile, self.bias, tile.shape[1], spec, stats, upstream, inplace=not keep_tile, bias_wanted=wanted, out=out)
         if self.d_bias is not None and d_bias is not None:
             self.d_bias.add_(d_bias)
+        self.add_products(d_tile, operand, target, flat)
+
+    def narrow_tile(self, tile: Tensor) -> Tensor | None:
+        """Memory for a gradient of the tile that its products take in 16 bits; None where they take it as it is."""
+        return torch.empty_like(tile, dtype=self.head.operand_dtype) if self.head.narrow else None
+
+    def add_products(self, d_tile: Tensor, operand: Tensor, target: Tensor | slice, flat: Tensor | None = None) -> None:
+        """dX and dW of a chunk from d loss / d logits, to which `flat` (n,) comes in every column."""
         if self.d_hidden is not None:
-            d_rows = self.head.hidden_gradient(d_tile)
-            if target is None:
-                self.d_hidden[rows] = d_rows
-            else:
-                self.d_hidden.index_copy_(0, target, d_rows)
+            whole = isinstance(target, slice) and self.d_hidden.dtype == self.head.dtype
+            d_rows = self.d_hidden[target] if whole else operand.new_empty(operand.shape, dtype=self.head.dtype)
+            self.head.hidden_gradient(d_tile, d_rows)
+            if flat is not None:
+                self._weight_sum = self.head.weight_sum() if self._weight_sum is None else self._weight_sum
+                d_rows.addr_(flat, self._weight_sum)
+            if isinstance(target, Tensor):
+                self.d_hidden.index_copy_(0, target, d_rows.to(self.d_hidden.dtype))
+            elif not whole:
+                self.d_hidden[target] = d_rows
         if self.d_weight is not None:
-            self.head.add_weight_gradient(d_tile, operand, self.d_weight)
+            self.head.weight_gradient(d_tile, operand, self.d_weight, add=self._weight_begun)
+            self._weight_begun = True
+            if flat is not None:
+                row = flat @ operand.to(flat.dtype)
+                self._weight_row = row if self._weight_row is None else self._weight_row + row
 
     def _alive(self, upstream: Upstream) -> Tensor | None:
         """Rows with a gradient, where that is known on the host and dropping the others pays; None otherwise."""
@@ -136,10 +218,37 @@ class HeadRows:
         alive = torch.stack([g != 0 for g in upstream.values()]).any(0)
         return alive.nonzero()[:, 0] if int(alive.sum()) <= 0.9 * len(alive) else None
 
+    def _flat(self, upstream: Upstream, stats: Tensor, spec: RowSpec) -> tuple[Upstream, Tensor | None]:
+        """Take the part of the gradient that is the same in every column, −g_SC / V + g_mean / V, out of the tile: of rank one, it needs
+        no product, and does not vanish among 16-bit numbers. Where a bias may hold −inf (a column without a gradient) and under a softcap
+        (which bends it) it stays in the tile."""
+        if self.bias is not None or spec.softcap is not None or not {"self_certainty", "mean_logit"} & set(upstream):
+            return upstream, None
+        rest = dict(upstream)
+        zero = torch.zeros_like(stats[Stat.FINITE])
+        certainty, mean = rest.pop("self_certainty", zero), rest.pop("mean_logit", zero)
+        rest["lse"] = rest.get("lse", zero) + certainty  # self-certainty is lse − mean − log V
+        flat = (mean - certainty) * (spec.scale / spec.temperature) / stats[Stat.FINITE]
+        return rest, flat if spec.mask is None else flat.masked_fill(~spec.mask, 0)
+
     def finish_gradients(self) -> None:
-        """Vocabulary shards each hold a part of the hidden states' gradient."""
+        """What was left for the end. Vocabulary shards each hold a part of the hidden states' gradient."""
+        if self.d_weight is not None and not self._weight_begun:
+            self.d_weight.zero_()
+        if self.d_weight is not None and self._weight_row is not None:
+            self.d_weight.add_(self._weight_row)
         if self.spec.shard is not None and self.d_hidden is not None:
             self.spec.shard.sum_(self.d_hidden)
+        self._tile = None
+        self.head.release()
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply the gradients by a 0-d factor, on the device; nothing is read or written where it is 1."""
+        for value in (self.d_hidden, self.d_weight):
+            if value is not None and value.numel():
+                ops.scale_rows_(value, factor, None, self.spec.backend)
+        if self.d_bias is not None:
+            self.d_bias.mul_(factor)
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
@@ -147,15 +256,11 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def weight_gradient(d_weight: Tensor | None, weight: Tensor) -> Tensor | None:
-    """The gradient of all of the weight in its dtype, rounded once: 0 beyond vocab_size."""
-    if d_weight is None:
+def parameter_gradient(d_weight: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    """The gradient of all of a weight or bias in its dtype, rounded once: 0 beyond vocab_size."""
+    if d_weight is None or weight is None:
         return None
-    return torch.nn.functional.pad(d_weight, (0, 0, 0, len(weight) - len(d_weight))).to(weight.dtype)
-
-
-def bias_gradient(d_bias: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """The same for the bias."""
-    if d_bias is None or bias is None:
-        return None
-    return torch.nn.functional.pad(d_bias, (0, len(bias) - len(d_bias))).to(bias.dtype)
+    missing = len(weight) - len(d_weight)
+    if missing:
+        d_weight = torch.cat([d_weight, d_weight.new_zeros(missing, *d_weight.shape[1:])])
+    return d_weight.to(weight.dtype)

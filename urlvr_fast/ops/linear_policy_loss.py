@@ -1,8 +1,8 @@
 """linear_policy_loss: a policy loss from hidden states and the lm_head weight, with its gradients made in the forward.
 
-Where a token's gradient depends on its own log-prob alone, each chunk of rows goes through once: product, statistics, coefficient,
-gradient of the logits, and the two products of the backward. That is three products. Where the rows of a sequence are joined (one ratio
-a sequence), all log-probs come first and the logits of the chunks are made again, unless one chunk holds them all.
+Each chunk of rows goes through once: product, statistics, coefficient, gradient of the logits, and the two products of the backward. That
+is three products. Where the rows of a sequence are joined (one ratio a sequence) chunks are cut at the ends of sequences; a sequence
+longer than a chunk has its log-probs taken first and its logits made again, a fourth product for that sequence.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from torch import Tensor
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import GradientInForward
-from urlvr_fast.ops.head import HeadRows, bias_gradient, row_chunks, weight_gradient, without_autocast
-from urlvr_fast.ops.linear_token_stats import CHUNK_BYTES, join, spread
-from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, prepare_loss, row_gradients, unless_all
-from urlvr_fast.ops.reference import accumulation_dtype
-from urlvr_fast.ops.row_ops import unpack
-from urlvr_fast.ops.spec import readable
+from urlvr_fast.ops.head import CHUNK_BYTES, HeadRows, parameter_gradient, without_autocast
+from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, in_one_kernel, loss_arguments, prepare_loss, row_gradients, unless_all
+from urlvr_fast.ops.reference import LossRows, TokenStats, accumulation_dtype
+from urlvr_fast.ops.row_ops import ops, power_of_two_below, unpack
+from urlvr_fast.ops.spec import STATISTICS, readable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,41 +63,112 @@ def _check_nothing_lost(loss: PreparedLoss, needed: Tensor) -> None:
         )
 
 
-def _run(
-    rows: HeadRows, loss: PreparedLoss, columns: int, chunk_bytes: int, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, its metrics, and (in `rows`) the gradients that are wanted."""
-    total = len(loss.rows.mask)
-    chunks = list(row_chunks(rows.count, rows.spec, columns, rows.head.dtype, chunk_bytes))
-    rows.start_gradients(*wanted)
-    each: list[Tensor] = []
-    retained: tuple[Tensor, Tensor] | None = None
-    for chunk in chunks:
+def _sequence_ends(cu_seqlens: Tensor | None, index: Tensor | None, live: Tensor | None) -> list[int] | None:
+    """Where sequences end among the rows that run; None where the host does not know."""
+    if cu_seqlens is None or not readable(cu_seqlens):
+        return None
+    if index is None:
+        return cu_seqlens[1:].tolist()
+    known = next((rows for rows in (index, live) if rows is not None and readable(rows)), None)
+    return None if known is None else torch.searchsorted(known.long().sort().values, cu_seqlens[1:].long()).tolist()
+
+
+def _groups(rows: HeadRows, joined: bool, ends: list[int] | None) -> list[list[slice]]:
+    """The chunks, in groups that a gradient can be made of: one chunk, of whole sequences where those are joined, or the pieces of a
+    sequence that is longer than a chunk (of everything, where the host does not know where sequences end)."""
+    if not joined:
+        return [[chunk] for chunk in rows.chunks()]
+    if ends is None:
+        return [rows.chunks()] if rows.count else []
+    groups, begin, before = [], 0, 0
+    for end in [*ends, rows.count]:
+        if end - begin > rows.step and before > begin:
+            groups.append([slice(begin, before)])
+            begin = before
+        if end - begin > rows.step:
+            groups.append([slice(a, min(a + rows.step, end)) for a in range(begin, end, rows.step)])
+            begin = end
+        before = end
+    if begin < rows.count:
+        groups.append([slice(begin, rows.count)])
+    return groups
+
+
+class _Run:
+    """One call: every chunk once through the head, with what comes of it."""
+
+    def __init__(self, rows: HeadRows, loss: PreparedLoss, power: Tensor | None, columns: int) -> None:
+        self.rows, self.loss, self.columns = rows, loss, columns
+        self.differentiated = loss if power is None else replace(loss, rows=_divided(loss.rows, power))
+        self.values = rows.hidden.new_zeros(len(loss.outputs), len(loss.rows.mask), dtype=rows.head.dtype)  # what the loss is made of
+
+    def statistics_of(self, which: Tensor | slice) -> TokenStats:
+        return TokenStats(**dict(zip(self.loss.outputs, self.values[:, which], strict=True)))
+
+    def _keep(self, stats: Tensor, chunk: slice) -> None:
+        which = self.rows.of_all(chunk)
+        for line, name in zip(self.values, self.loss.outputs, strict=True):
+            line[which] = stats[STATISTICS.index(name)]
+
+    def _part(self, chunk: slice) -> PreparedLoss:
+        return replace(self.differentiated, rows=self.differentiated.rows.select(self.rows.of_all(chunk)))
+
+    @property
+    def _one_kernel(self) -> bool:
+        """Whether one kernel makes statistics and gradient of a tile. On the CPU rows that turn out to be clipped are cheaper found
+        first and left out of the products."""
+        loss, rows = self.loss, self.rows
+        may_skip = loss.rows.old_logp is not None or loss.options.rollout_correction == "mask"
+        flat = loss.options.self_certainty_coef != 0
+        return in_one_kernel(loss, rows.spec) and rows.d_bias is None and not flat and not (may_skip and readable(rows.hidden))
+
+    def chunk(self, chunk: slice, gradients: bool) -> None:
+        """All of a chunk whose gradient depends on no other chunk."""
+        rows = self.rows
         operand = rows.operand(chunk)
         tile = rows.logits(operand)
-        each.append(rows.statistics(tile, chunk))
-        if not any(wanted):
-            continue
-        if not loss.joined:
-            which = chunk if rows.index is None else rows.index[chunk]
-            part = replace(loss, rows=loss.rows.select(which))
-            rows.add_gradients(tile, operand, chunk, each[-1], row_gradients(part, unpack(each[-1], rows.spec.wanted)))
-        elif len(chunks) == 1:
-            retained = operand, tile
-    stats = join(each, rows.hidden, rows.head.dtype)
-    values = unpack(spread(stats, rows.index, total), rows.spec.wanted)
-    if any(wanted) and loss.joined:
-        upstream = row_gradients(loss, values)
-        for chunk, part_stats in zip(chunks, each, strict=True):
-            which = chunk if rows.index is None else rows.index[chunk]
-            if retained is None:
-                operand = rows.operand(chunk)
-                tile = rows.logits(operand)
-            else:
-                operand, tile = retained
-            rows.add_gradients(tile, operand, chunk, part_stats, {name: g[which] for name, g in upstream.items()})
-    rows.finish_gradients()
-    return loss.objective(values)
+        if not gradients or not self._one_kernel:
+            stats = rows.statistics(tile, chunk)
+            self._keep(stats, chunk)
+            if gradients:
+                upstream = row_gradients(self._part(chunk), unpack(stats, rows.spec.wanted))
+                rows.add_gradients(tile, operand, chunk, stats, upstream)
+            return
+        spec, out = rows.spec.select(chunk), rows.narrow_tile(tile)
+        call = (tile, rows.bias, *spec.arguments(self.columns), self.columns, spec.flags, spec.backend, *loss_arguments(self._part(chunk)))
+        stats, _ = ops.policy_gradient_(*call) if out is None else ops.policy_gradient_out(*call, out)
+        self._keep(stats, chunk)
+        rows.add_products(tile if out is None else out, operand, rows.of_all(chunk))
+
+    def pieces(self, chunks: list[slice], gradients: bool) -> None:
+        """All of some chunks whose gradients depend on each other: log-probs first, then the logits again."""
+        rows, together = self.rows, slice(chunks[0].start, chunks[-1].stop)
+        packed = []
+        for chunk in chunks:
+            packed.append(rows.statistics(rows.logits(rows.operand(chunk)), chunk))
+            self._keep(packed[-1], chunk)
+        if not gradients:
+            return
+        upstream = row_gradients(self._part(together), self.statistics_of(rows.of_all(together)))
+        for chunk, stats in zip(chunks, packed, strict=True):
+            operand = rows.operand(chunk)
+            here = slice(chunk.start - together.start, chunk.stop - together.start)
+            rows.add_gradients(rows.logits(operand), operand, chunk, stats, {name: g[here] for name, g in upstream.items()})
+
+
+def _divided(rows: LossRows, power: Tensor) -> LossRows:
+    """The rows of a loss that is smaller by `power`."""
+    sequence = None if rows.sequence_weight is None else rows.sequence_weight / power
+    return replace(rows, weight=rows.weight / power, regulariser_weight=rows.regulariser_weight / power, sequence_weight=sequence)
+
+
+def _power_to_take_out(rows: LossRows, *dtypes: torch.dtype) -> Tensor | None:
+    """0-d power of two near the loss's divisor where gradients pass through fp16, in which a gradient divided by some thousand tokens
+    would vanish; multiplied back in the backward."""
+    if torch.float16 not in dtypes or len(rows.weight) == 0:
+        return None
+    largest = torch.maximum(rows.weight.amax(), rows.regulariser_weight.amax())
+    return power_of_two_below(largest if rows.sequence_weight is None else torch.maximum(largest, rows.sequence_weight))
 
 
 def linear_policy_loss(
@@ -136,7 +206,8 @@ def linear_policy_loss(
 
     Returns:
         (loss, metrics) as `policy_loss`; the metric `entropy` is always there. Backward multiplies the gradients by the upstream
-        gradient on the device, rounds them once to the dtypes of hidden, weight and bias, and releases them; a second backward raises.
+        gradient on the device and releases them; a second backward raises. They have the dtypes of hidden, weight and bias, rounded
+        once (16-bit hidden: a second time where the upstream gradient is no power of two; 1 touches nothing).
         Under no_grad: one product, no gradient. All rows dead: loss 0 and zero gradients.
 
     Raises:
@@ -178,19 +249,25 @@ def linear_policy_loss(
 
     grad = torch.is_grad_enabled()
     wanted = (grad and hidden.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad)
-    rows = HeadRows(flat, weight, bias, spec, columns, product_dtype, index)
+    rows = HeadRows(flat, weight, bias, spec, columns, product_dtype, chunk_bytes, index)
+    power = _power_to_take_out(prepared.rows, hidden.dtype, product_dtype) if any(wanted) else None
     with torch.no_grad(), without_autocast(hidden):
-        value, metrics = _run(rows, prepared, columns, chunk_bytes, wanted)
+        run = _Run(rows, prepared, power, columns)
+        rows.start_gradients(*wanted)
+        for group in _groups(rows, prepared.joined, _sequence_ends(loss.get("cu_seqlens"), index, live)):
+            run.chunk(group[0], any(wanted)) if len(group) == 1 else run.pieces(group, any(wanted))
+        rows.finish_gradients()
+        value, metrics = prepared.objective(run.statistics_of(slice(None)))
     if not any(wanted):
         return value, metrics
-    d_hidden, d_weight, d_bias = rows.d_hidden, rows.d_weight, rows.d_bias
 
     def deliver(upstream: Tensor) -> tuple[Tensor | None, ...]:
-        by_hidden = None if d_hidden is None else d_hidden.mul_(upstream).to(hidden.dtype).view(hidden.shape)
-        by_bias = None if d_bias is None else bias_gradient(d_bias.mul_(upstream), bias)
-        if d_weight is None or grad_weight_out is None:
-            return by_hidden, None if d_weight is None else weight_gradient(d_weight.mul_(upstream), weight), by_bias
-        grad_weight_out[: len(d_weight)].addcmul_(d_weight, upstream.to(d_weight.dtype))
+        rows.scale_gradients(upstream if power is None else upstream * power)
+        by_hidden = None if rows.d_hidden is None else rows.d_hidden.to(hidden.dtype).view(hidden.shape)
+        by_bias = parameter_gradient(rows.d_bias, bias)
+        if rows.d_weight is None or grad_weight_out is None:
+            return by_hidden, parameter_gradient(rows.d_weight, weight), by_bias
+        grad_weight_out[: len(rows.d_weight)].add_(rows.d_weight)
         return by_hidden, None, by_bias
 
     return GradientInForward.apply("linear_policy_loss", value, deliver, hidden, weight, bias), metrics

@@ -11,24 +11,13 @@ from torch.autograd import Function
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import first_order
-from urlvr_fast.ops.head import HeadRows, bias_gradient, row_chunks, weight_gradient, without_autocast
+from urlvr_fast.ops.head import CHUNK_BYTES, HeadRows, parameter_gradient, without_autocast
 from urlvr_fast.ops.layout import STATS
 from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
-from urlvr_fast.ops.row_ops import unpack
+from urlvr_fast.ops.row_ops import power_of_two_below, unpack
 from urlvr_fast.ops.spec import STATISTICS, RowSpec, readable
 
-CHUNK_BYTES = 256 << 20
 SAVE_BYTES = 2 << 30
-
-
-def spread(stats: Tensor, index: Tensor | None, rows: int) -> Tensor:
-    """(STATS, n) of some rows -> (STATS, N), 0 elsewhere."""
-    return stats if index is None else stats.new_zeros(len(stats), rows).index_copy_(1, index, stats)
-
-
-def join(chunks: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The packed statistics of the chunks, end to end."""
-    return torch.cat([like.new_zeros(STATS, 0, dtype=dtype), *chunks], 1)
 
 
 class _LinearTokenStats(Function):
@@ -47,22 +36,20 @@ class _LinearTokenStats(Function):
         save_bytes: float,
         chunk_bytes: int,
     ) -> Tensor:
-        rows = HeadRows(hidden, weight, bias, spec, columns, product_dtype, index)
-        chunks, saved, each = [], [], []
+        rows = HeadRows(hidden, weight, bias, spec, columns, product_dtype, chunk_bytes, index)
+        stats, saved = rows.hidden.new_zeros(STATS, rows.count, dtype=rows.head.dtype), []
         if not any(ctx.needs_input_grad):
             save_bytes = 0
         with without_autocast(hidden):
-            for chunk in row_chunks(rows.count, spec, columns, rows.head.dtype, chunk_bytes):
-                tile = rows.logits(rows.operand(chunk))
-                each.append(rows.statistics(tile, chunk))
-                chunks.append(chunk)
-                save_bytes -= tile.nbytes
+            for chunk in rows.chunks():
+                save_bytes -= (chunk.stop - chunk.start) * columns * rows.head.dtype.itemsize
+                tile = rows.logits(rows.operand(chunk), reuse=save_bytes < 0)
+                stats[:, chunk] = rows.statistics(tile, chunk)
                 saved.append(tile if save_bytes >= 0 else None)
-            stats = join(each, hidden, rows.head.dtype)
         ctx.save_for_backward(hidden, weight, bias, index, stats, *saved)
         ctx.op, ctx.single_use = "linear_token_stats", False
-        ctx.spec, ctx.columns, ctx.product_dtype, ctx.chunks = spec, columns, product_dtype, chunks
-        return spread(stats, index, len(hidden)).clone()
+        ctx.spec, ctx.columns, ctx.product_dtype, ctx.chunk_bytes = spec, columns, product_dtype, chunk_bytes
+        return stats.clone() if index is None else stats.new_zeros(STATS, len(hidden)).index_copy_(1, index, stats)
 
     @staticmethod
     @first_order
@@ -70,17 +57,23 @@ class _LinearTokenStats(Function):
         hidden, weight, bias, index, stats, *saved = ctx.saved_tensors
         upstream = upstream if index is None else upstream[:, index]
         given = {name: upstream[STATISTICS.index(name)] for name in checks.differentiable(ctx.spec.wanted)}
-        rows = HeadRows(hidden, weight, bias, ctx.spec, ctx.columns, ctx.product_dtype, index)
+        power = None
+        if torch.float16 in (hidden.dtype, ctx.product_dtype) and given and upstream.numel():  # or small gradients would vanish on the way
+            power = power_of_two_below(torch.stack([g.abs().amax() for g in given.values()]).amax())
+            given = {name: g / power for name, g in given.items()}
+        rows = HeadRows(hidden, weight, bias, ctx.spec, ctx.columns, ctx.product_dtype, ctx.chunk_bytes, index)
         rows.start_gradients(*ctx.needs_input_grad[:3])
         with without_autocast(hidden):
-            for chunk, kept in zip(ctx.chunks, saved, strict=True):
+            for chunk, kept in zip(rows.chunks(), saved, strict=True):
                 operand = rows.operand(chunk)
                 tile = rows.logits(operand) if kept is None else kept
                 part = {name: g[chunk] for name, g in given.items()}
                 rows.add_gradients(tile, operand, chunk, stats[:, chunk], part, keep_tile=kept is not None)
             rows.finish_gradients()
+        if power is not None:
+            rows.scale_gradients(power)
         d_hidden = None if rows.d_hidden is None else rows.d_hidden.to(hidden.dtype)
-        return d_hidden, weight_gradient(rows.d_weight, weight), bias_gradient(rows.d_bias, bias), *(None,) * 6
+        return d_hidden, parameter_gradient(rows.d_weight, weight), parameter_gradient(rows.d_bias, bias), *(None,) * 6
 
 
 def linear_token_stats(

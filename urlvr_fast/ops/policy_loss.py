@@ -11,6 +11,7 @@ from torch import Tensor
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.backend import choose_backend
+from urlvr_fast.ops.layout import CORRECTIONS, HAS_OLD, KL_KINDS, LOSS_KINDS
 from urlvr_fast.ops.reference import (
     SEQUENCE_MEAN,
     SEQUENCE_RATIO,
@@ -21,7 +22,7 @@ from urlvr_fast.ops.reference import (
     loss_rows,
     policy_objective,
 )
-from urlvr_fast.ops.spec import readable
+from urlvr_fast.ops.spec import RowSpec, readable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,6 +99,7 @@ def prepare_loss(
         checks.check_mask(mask, shape, device)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, n, device)
+        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
     _check_needs(options, ref_logp, rollout_logp, cu_seqlens, denominator)
     _check_advantages(advantages, shape, device, cu_seqlens)
     for name, divisor in (("denominator", denominator), ("token_denominator", token_denominator)):
@@ -176,6 +178,39 @@ def unless_all(rows: Tensor) -> Tensor | None:
     return None if readable(rows) and bool(rows.all()) else rows
 
 
+def in_one_kernel(loss: PreparedLoss, spec: RowSpec) -> bool:
+    """Whether one kernel can make statistics, coefficient and gradient of a row: that row's log-prob must be all it takes."""
+    return spec.backend != "torch" and spec.shard is None and not loss.joined
+
+
+def _loss_lines(rows: LossRows) -> Tensor:
+    """(LOSS_LINES, N) in the order of `LossLine`."""
+    rollout = rows.rollout_logp if rows.old_logp is None else rows.log_rollout_weight
+    lines = (rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rollout)
+    return torch.stack([torch.zeros_like(rows.advantages) if line is None else line for line in lines])
+
+
+def loss_arguments(loss: PreparedLoss, scaled: bool = False) -> tuple:
+    """What the op policy_gradient takes behind the backend."""
+    o = loss.options
+    numbers = (
+        1 - o.eps_low,
+        1 + o.eps_high,
+        math.inf if o.delta is None else math.log(o.delta),
+        o.beta,
+        o.entropy_coef,
+        o.self_certainty_coef,
+        o.ratio_cap,
+        o.tau_pos,
+        o.tau_neg,
+        o.rollout_cap,
+        o.rollout_floor,
+    )
+    present = 0 if loss.rows.old_logp is None else HAS_OLD
+    kl = KL_KINDS[o.kl if o.beta else None]
+    return (_loss_lines(loss.rows), present, LOSS_KINDS[o.loss_type], kl, CORRECTIONS[o.rollout_correction], list(numbers), scaled)
+
+
 def row_gradients(loss: PreparedLoss, values: TokenStats) -> dict[str, Tensor]:
     """d loss / d statistic of every row, (N,): by autograd on vectors, wherever the loss depends on the statistic."""
     options = loss.options
@@ -249,7 +284,7 @@ def policy_loss(
         rollout_logp: of the sampler; needed by `rollout_correction`, otherwise only the metric `rollout_gap_max` uses it.
         entropy, self_certainty: per token; differentiable; needed where their coefficient is not 0, reported in the metrics if given.
         mask: bool, True counts. What a masked token holds never matters, not even NaN.
-        cu_seqlens: (B + 1,) int32 or int64 offsets of the sequences in the flattened rows.
+        cu_seqlens: (B + 1,) int32 or int64 offsets of the sequences in the flattened rows. May be on the CPU when the rest is not.
         denominator: the divisor of the table, number or 0-d tensor, summed by the caller over micro-batches and ranks so that their losses
             add up to the loss of the whole. None: the count of this call (a sequence counts if it has a mask token). 0 gives loss 0.
         token_denominator: the same for the token means of gspo, luspo and gmpo.

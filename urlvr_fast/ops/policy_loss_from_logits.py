@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,54 +10,14 @@ from torch import Tensor
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import GradientInForward
-from urlvr_fast.ops.head import bias_gradient
-from urlvr_fast.ops.layout import CORRECTIONS, HAS_OLD, KL_KINDS, LOSS_KINDS
-from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, prepare_loss, row_gradients, unless_all
-from urlvr_fast.ops.reference import LossRows, accumulation_dtype
-from urlvr_fast.ops.row_ops import gradient, ops, statistics, unpack
+from urlvr_fast.ops.head import parameter_gradient
+from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, in_one_kernel, loss_arguments, prepare_loss, row_gradients, unless_all
+from urlvr_fast.ops.reference import accumulation_dtype
+from urlvr_fast.ops.row_ops import gradient, ops, power_of_two_below, statistics, unpack
 from urlvr_fast.ops.spec import RowSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-def _power_of_two_below(size: Tensor) -> Tensor:
-    """(N,) 2^⌊log2 size⌋, and 1 where that is no number above 0."""
-    power = size.log2().floor().exp2()
-    return torch.where(power.isfinite() & (power > 0), power, 1)
-
-
-def _in_one_kernel(loss: PreparedLoss, spec: RowSpec) -> bool:
-    """Whether one kernel can make statistics, coefficient and gradient of a row: that row's log-prob must be all it takes."""
-    return spec.backend != "torch" and spec.shard is None and not loss.joined
-
-
-def _loss_lines(rows: LossRows) -> Tensor:
-    """(LOSS_LINES, N) in the order of `LossLine`."""
-    rollout = rows.rollout_logp if rows.old_logp is None else rows.log_rollout_weight
-    lines = (rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rollout)
-    return torch.stack([torch.zeros_like(rows.advantages) if line is None else line for line in lines])
-
-
-def _loss_arguments(loss: PreparedLoss, scaled: bool) -> tuple:
-    """What the op policy_gradient takes behind the backend."""
-    o = loss.options
-    numbers = (
-        1 - o.eps_low,
-        1 + o.eps_high,
-        math.inf if o.delta is None else math.log(o.delta),
-        o.beta,
-        o.entropy_coef,
-        o.self_certainty_coef,
-        o.ratio_cap,
-        o.tau_pos,
-        o.tau_neg,
-        o.rollout_cap,
-        o.rollout_floor,
-    )
-    present = 0 if loss.rows.old_logp is None else HAS_OLD
-    kl = KL_KINDS[o.kl if o.beta else None]
-    return (_loss_lines(loss.rows), present, LOSS_KINDS[o.loss_type], kl, CORRECTIONS[o.rollout_correction], list(numbers), scaled)
 
 
 def _statistics_and_gradient(
@@ -66,8 +25,8 @@ def _statistics_and_gradient(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The packed statistics, d loss / d logits, the power of two taken out of each of its rows (fp16), and d loss / d bias."""
     scaled = logits.dtype == torch.float16
-    if _in_one_kernel(loss, spec) and not bias_wanted:
-        call = (logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend, *_loss_arguments(loss, scaled))
+    if in_one_kernel(loss, spec) and not bias_wanted:
+        call = (logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend, *loss_arguments(loss, scaled))
         if inplace:
             stats, row_scale = ops.policy_gradient_(*call)
             return stats, logits, row_scale if scaled else None, None
@@ -77,7 +36,7 @@ def _statistics_and_gradient(
     upstream = row_gradients(loss, unpack(stats, spec.wanted))
     row_scale = None
     if scaled:
-        row_scale = _power_of_two_below(torch.stack(list(upstream.values())).abs().sum(0) * abs(spec.scale))
+        row_scale = power_of_two_below(torch.stack(list(upstream.values())).abs().sum(0) * abs(spec.scale))
         upstream = {name: g / row_scale for name, g in upstream.items()}
     d_logits, d_bias = gradient(logits, bias, columns, spec, stats, upstream, inplace=inplace, bias_wanted=bias_wanted)
     return stats, d_logits, row_scale, d_bias
@@ -160,6 +119,6 @@ def policy_loss_from_logits(
 
     def deliver(factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
         ops.scale_rows_(d_logits, factor, row_scale, spec.backend)
-        return d_logits, None if d_bias is None else bias_gradient(d_bias * factor, bias)
+        return d_logits, None if d_bias is None else parameter_gradient(d_bias * factor, bias)
 
     return GradientInForward.apply("policy_loss_from_logits", value, deliver, logits, bias), metrics

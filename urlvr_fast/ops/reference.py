@@ -132,6 +132,13 @@ def linear_token_stats(hidden: Tensor, weight: Tensor, ids: Tensor | None, **opt
 
 # --------------------------------------------------------------------------------------------------------------- advantages
 
+LARGEST_REWARD = 1e150  # the squares of larger ones leave float64
+
+
+def no_number(rewards: Tensor) -> Tensor:
+    """(B,) bool: NaN, infinite or beyond ±LARGEST_REWARD."""
+    return ~(rewards.double().abs() <= LARGEST_REWARD)
+
 
 def group_advantages(
     rewards: Tensor, group_ids: Tensor, *, scale: str = "group", baseline: str = "mean", eps: float = 1e-6, mask: Tensor | None = None
@@ -139,6 +146,7 @@ def group_advantages(
     """Rewards centred in their group and scaled, (B,). `urlvr_fast.group_advantages` documents the arguments."""
     counts = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     r = torch.where(counts, rewards, 0).double()
+    r = torch.where(no_number(r), math.nan, r)  # spoils its group, and the deviation of the batch
     _, group = torch.unique(group_ids, return_inverse=True)
     groups = len(rewards)  # an upper bound of the number of groups that needs no host read
 
@@ -158,6 +166,7 @@ def group_advantages(
     elif scale == "batch":
         number = counts.sum()
         deviation = torch.where(counts, r - r.sum() / number.clamp(min=1), 0)
+        deviation = torch.where(counts, deviation - deviation.sum() / number.clamp(min=1), 0)  # again: the first mean was rounded
         advantages = advantages / (((deviation * deviation).sum() / (number - 1).clamp(min=1)).sqrt() + eps)
     constant = (low == high)[group]  # by its extremes: a rounded mean would leave dust that a tiny std blows up
     return torch.where(counts & ~constant, advantages, 0).to(rewards.dtype)

@@ -1,7 +1,8 @@
 """The ops that torch knows, `torch.ops.urlvr_fast.*`: rows of logits to packed statistics, and to the gradient of any mix of them.
 
-`token_stats` carries autograd, `token_stats_backward` makes a new tensor, `token_stats_backward_` writes over the logits. `policy_gradient`
-and `policy_gradient_` make the gradient of a policy loss in the forward, `scale_rows_` multiplies it in the backward. Each runs the kernel
+`token_stats` carries autograd, `token_stats_backward` makes a new tensor, `token_stats_backward_` writes over the logits, `…_out` into a
+tensor of any dtype. `policy_gradient`, `…_` and `…_out` make the gradient of a policy loss in the forward alike, `scale_rows_` multiplies
+it in the backward. Each runs the kernel
 package of `backend` (see `layout.py`) and has a fake kernel, so that torch.compile sees one node. Below them: `statistics` and `gradient`,
 what the other files call.
 """
@@ -126,6 +127,20 @@ def _backward_(logits: Tensor, *arguments: Any) -> Tensor:
     return bias_grad
 
 
+def _in_their_dtype(logits: Tensor, out: Tensor, backend: str) -> Tensor:
+    """Where a kernel writes: `out`, or memory to be rounded from where `out` has a dtype of its own and the kernel knows but the logits'."""
+    return out if out.dtype == logits.dtype or backend in ("torch", "triton") else _contiguous(logits)
+
+
+def _backward_out(logits: Tensor, *arguments: Any) -> Tensor:
+    *arguments, out = arguments
+    written = _in_their_dtype(logits, out, arguments[-5])
+    bias_grad = _gradient(logits, written, tuple(arguments))
+    if written is not out:
+        out.copy_(written)
+    return bias_grad
+
+
 def _policy(logits: Tensor, out: Tensor | None, arguments: tuple) -> tuple[Tensor, Tensor]:
     """The packed statistics, and the power of two that each row's gradient was divided by (empty unless `scaled`)."""
     *rows, columns, flags, backend, loss, present, kind, kl, correction, numbers, scaled = arguments
@@ -150,6 +165,15 @@ def _policy_gradient_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     out = _policy(logits, None, arguments)
     _overwritten(logits)
     return out
+
+
+def _policy_gradient_out(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *arguments, out = arguments
+    written = _in_their_dtype(logits, out, arguments[-8])
+    result = _policy(logits, written, tuple(arguments))
+    if written is not out:
+        out.copy_(written)
+    return result
 
 
 def _scale_rows_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None, backend: str) -> None:
@@ -189,6 +213,12 @@ _define(
     lambda logits, *rest: _small(logits, _bias_shape(rest)),
 )
 _define(
+    "token_stats_backward_out",
+    f"(Tensor logits, {_ROWS}, {_BACKWARD}, Tensor(a!) out) -> Tensor",
+    _backward_out,
+    lambda logits, *rest: _small(logits, _bias_shape(rest[:-1])),
+)
+_define(
     "policy_gradient",
     f"(Tensor logits, {_ROWS}, {_LOSS}) -> (Tensor, Tensor, Tensor)",
     _policy_gradient,
@@ -199,6 +229,12 @@ _define(
     f"(Tensor(a!) logits, {_ROWS}, {_LOSS}) -> (Tensor, Tensor)",
     _policy_gradient_,
     lambda logits, *rest: (_packed(logits, STATS), _small(logits, _scale_shape(logits, rest))),
+)
+_define(
+    "policy_gradient_out",
+    f"(Tensor logits, {_ROWS}, {_LOSS}, Tensor(a!) out) -> (Tensor, Tensor)",
+    _policy_gradient_out,
+    lambda logits, *rest: (_packed(logits, STATS), _small(logits, _scale_shape(logits, rest[:-1]))),
 )
 _define(
     "scale_rows_",
@@ -240,20 +276,39 @@ def statistics(logits: Tensor, bias: Tensor | None, columns: int, spec: RowSpec)
 
 
 def gradient(
-    logits: Tensor, bias: Tensor | None, columns: int, spec: RowSpec, stats: Tensor, upstream: Upstream, *, inplace: bool, bias_wanted: bool
+    logits: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    spec: RowSpec,
+    stats: Tensor,
+    upstream: Upstream,
+    *,
+    inplace: bool,
+    bias_wanted: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """d loss / d logits, in memory of its own or (`inplace`) in the logits', and d loss / d bias (columns,) where that is wanted."""
+    """d loss / d logits, in memory of its own, in the logits' (`inplace`) or in `out`, contiguous and of any dtype; and d loss / d bias
+    (columns,) where that is wanted."""
     lines, given = stats.new_zeros(GRADS, stats.shape[1]), 0
     for name, value in upstream.items():
         line = STATISTICS.index(name)
         lines[line] = value
         given |= 1 << line
     call = (logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend, stats, lines, given, bias_wanted)
+    if out is not None:
+        bias_grad = ops.token_stats_backward_out(*call, out)
+        return out, bias_grad if bias_wanted else None
     if inplace:
         bias_grad = ops.token_stats_backward_(*call)
         return logits, bias_grad if bias_wanted else None
     out, bias_grad = ops.token_stats_backward(*call)
     return out, bias_grad if bias_wanted else None
+
+
+def power_of_two_below(size: Tensor) -> Tensor:
+    """2^⌊log2 size⌋, and 1 where that is no number above 0: what is taken out of a 16-bit gradient."""
+    power = size.log2().floor().exp2()
+    return torch.where(power.isfinite() & (power > 0), power, 1)
 
 
 def unpack(stats: Tensor, wanted: frozenset[str] | set[str]) -> TokenStats:
