@@ -161,7 +161,8 @@ def _check_advantages(advantages: Tensor, shape: tuple[int, ...], device: torch.
         raise ValueError(f"advantages must have shape {wanted}, not {tuple(advantages.shape)}")
     if per_token and shape == (sequences,) and cu_seqlens is not None and readable(cu_seqlens) and bool((cu_seqlens.diff() != 1).any()):
         raise ValueError(
-            f"advantages of shape {shape} could be one a token or one a sequence: there are as many of both. Expand them to tokens"
+            f"advantages of shape {shape} could be one a token or one a sequence: there are as many of both. "
+            "Leave the empty sequences out of cu_seqlens"
         )
 
 

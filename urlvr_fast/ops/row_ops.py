@@ -128,7 +128,7 @@ def _backward_(logits: Tensor, *arguments: Any) -> Tensor:
 
 
 def _in_their_dtype(logits: Tensor, out: Tensor, backend: str) -> Tensor:
-    """Where a kernel writes: `out`, or memory to be rounded from where `out` has a dtype of its own and the kernel knows but the logits'."""
+    """Where a kernel writes: `out`, or memory to round from where `out` has a dtype that the kernel does not know."""
     return out if out.dtype == logits.dtype or backend in ("torch", "triton") else _contiguous(logits)
 
 
