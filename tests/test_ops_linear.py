@@ -264,6 +264,83 @@ def test_three_products_at_any_chunk_size_and_one_without_grad(monkeypatch):
     assert list(counts.values()) == [2 * N, N, N]
 
 
+@pytest.mark.parametrize(("rows", "again"), [(23, 0), (9, 0), (5, 18), (1, 23)])
+def test_sequences_are_whole_in_a_chunk_or_cost_a_fourth_product(rows, again, monkeypatch):
+    """Sequences of 5, 0, 9 and 9 tokens: chunks are cut where they end, and only a longer one is run through the head again."""
+    counts = product_rows(monkeypatch)
+    hidden, weight, ids, _ = problem()
+    advantages, old = torch.tensor([1.0, 0.0, -1.0, 0.5]).double(), torch.full((N,), -3.0).double()
+    call = {"advantages": advantages, "old_logp": old, "cu_seqlens": CU, "loss_type": "gspo", "eps_low": 0.9, "eps_high": 50.0}
+    loss, _ = linear_policy_loss(hidden, weight, ids, chunk_bytes=budget(rows), **call)
+    assert list(counts.values()) == [N + again, N, N]
+    logp = (hidden @ weight.T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    expected, _ = policy_loss(logp, **call)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(expected, [hidden, weight]))
+
+
+@pytest.fixture
+def narrow_products(monkeypatch):
+    """The way of 16-bit operands on CUDA, on a CPU: the products, which CPUs do not have, are fp32 products of the same numbers."""
+    seen = []
+
+    def product(a, b, out, *, add=False):
+        seen.append((a.dtype, b.dtype, out.dtype))
+        result = a.float() @ b.float()
+        out.add_(result) if add else out.copy_(result)
+
+    monkeypatch.setattr(head, "NARROW", ("cpu",))
+    monkeypatch.setattr(head, "product", product)
+    return seen
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_narrow_products(dtype, loss_type, backend, narrow_products):
+    """Logits of 16-bit operands are fp32-accurate, gradients within 5e-3, under a divisor that fp16 could not stand and with a
+    self-certainty term whose share in each column is far below what fp16 can hold."""
+    g = torch.Generator().manual_seed(11)
+    n, h, v = 40, 32, 5003
+    hidden = torch.randn(n, h, generator=g).to(dtype).requires_grad_()
+    weight = (torch.randn(v, h, generator=g) * 0.3).to(dtype).requires_grad_()
+    ids, cu = torch.randint(0, v, (n,), generator=g), torch.tensor([0, 13, 40])
+    advantages, upstream = torch.tensor([1.0, -0.7]), 2.0**19
+    call = {"cu_seqlens": cu, "loss_type": loss_type, "denominator": 8192.0 * 64, "token_denominator": 8192.0 * 64, "entropy_coef": 0.01}
+    call["self_certainty_coef"] = 0.02
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    stats = token_stats(leaves[0] @ leaves[1].T, ids, outputs=("logp", "entropy", "self_certainty"))
+    expected, _ = policy_loss(
+        stats.logp, advantages=advantages.double(), entropy=stats.entropy, self_certainty=stats.self_certainty, **call
+    )
+    exact = torch.autograd.grad(expected * upstream, leaves)
+    loss, metrics = linear_policy_loss(hidden, weight, ids, advantages=advantages, chunk_bytes=1 << 20, backend=backend, **call)
+    assert metrics["entropy"].item() == pytest.approx(stats.entropy.mean().item(), rel=1e-5)
+    for got, want in zip(torch.autograd.grad(loss * upstream, [hidden, weight]), exact, strict=True):
+        assert got.dtype == dtype
+        assert relative(got, want) < 5e-3
+    assert set(narrow_products) == {(dtype, dtype, torch.float32)}
+    values = linear_token_stats(hidden, weight, ids, outputs=("logp", "self_certainty"), backend=backend)
+    assert (values.logp.double() - stats.logp).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("op", [linear_policy_loss, linear_token_stats])
+def test_narrow_products_of_small_gradients(op, narrow_products):
+    """fp16 cannot hold the entries of this tile's gradient, 1e-7 each, though their sums over rows are fine."""
+    g = torch.Generator().manual_seed(12)
+    n, h, v = 64, 16, 5003
+    hidden = (torch.randn(n, h, generator=g) * 30).half().requires_grad_()
+    weight = (torch.randn(v, h, generator=g) * 0.005).half().requires_grad_()
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact = token_stats(leaves[0] @ leaves[1].T, None, outputs="self_certainty").self_certainty
+    ids = torch.zeros(n, dtype=torch.int64)
+    if op is linear_policy_loss:
+        got = -n * op(hidden, weight, ids, advantages=torch.zeros(n), self_certainty_coef=2**-10)[0]
+    else:
+        got = op(hidden, weight, None, outputs="self_certainty").self_certainty.sum() * 2**-10
+    assert relative(torch.autograd.grad(got, weight)[0], torch.autograd.grad(exact.sum() * 2**-10, leaves[1])[0]) < 5e-3
+
+
 def test_frozen_weight_and_detached_hidden_cost_no_product(monkeypatch):
     counts = product_rows(monkeypatch)
     hidden, weight, ids, _ = problem()

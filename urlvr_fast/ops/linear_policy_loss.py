@@ -162,13 +162,16 @@ def _divided(rows: LossRows, power: Tensor) -> LossRows:
     return replace(rows, weight=rows.weight / power, regulariser_weight=rows.regulariser_weight / power, sequence_weight=sequence)
 
 
-def _power_to_take_out(rows: LossRows, *dtypes: torch.dtype) -> Tensor | None:
-    """0-d power of two near the loss's divisor where gradients pass through fp16, in which a gradient divided by some thousand tokens
-    would vanish; multiplied back in the backward."""
+def _power_to_take_out(loss: PreparedLoss, *dtypes: torch.dtype) -> Tensor | None:
+    """0-d power of two near the largest factor of a row's gradient where gradients pass through fp16, in which one divided by some
+    thousand tokens would vanish; multiplied back in the backward."""
+    rows, o = loss.rows, loss.options
     if torch.float16 not in dtypes or len(rows.weight) == 0:
         return None
-    largest = torch.maximum(rows.weight.amax(), rows.regulariser_weight.amax())
-    return power_of_two_below(largest if rows.sequence_weight is None else torch.maximum(largest, rows.sequence_weight))
+    weight = rows.weight if rows.sequence_weight is None else rows.sequence_weight
+    policy = torch.where(rows.live, rows.advantages * weight, 0).abs().amax()
+    regulariser = rows.regulariser_weight.amax() * (o.beta + abs(o.entropy_coef) + abs(o.self_certainty_coef))
+    return power_of_two_below(torch.maximum(policy, regulariser))
 
 
 def linear_policy_loss(
@@ -250,7 +253,7 @@ def linear_policy_loss(
     grad = torch.is_grad_enabled()
     wanted = (grad and hidden.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad)
     rows = HeadRows(flat, weight, bias, spec, columns, product_dtype, chunk_bytes, index)
-    power = _power_to_take_out(prepared.rows, hidden.dtype, product_dtype) if any(wanted) else None
+    power = _power_to_take_out(prepared, hidden.dtype, product_dtype) if any(wanted) else None
     with torch.no_grad(), without_autocast(hidden):
         run = _Run(rows, prepared, power, columns)
         rows.start_gradients(*wanted)
