@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from urlvr_fast import TokenStats, linear_policy_loss, linear_token_stats, policy_loss_from_logits, token_stats
+from urlvr_fast.ops.shards import Shard
 
 N, H, V = 19, 5, 16
 SIZES = (11, 5)
@@ -87,6 +88,20 @@ def everything(rank: int | None, group) -> dict[str, torch.Tensor]:
     return out
 
 
+def check_what_is_exchanged(rank: int) -> None:
+    """Numbers a row: five for the differentiable set, one more where logits may be −inf, three for log-prob alone."""
+    seen = []
+    original = Shard.gather
+    Shard.gather = lambda self, values: seen.append((len(values), values.dtype)) or original(self, values)
+    hidden, weight, logits, _, ids, *_ = inputs()
+    here, group = columns(rank), dist.group.WORLD
+    linear_token_stats(hidden.float(), weight[here].float(), ids, outputs=DIFFERENTIABLE, shard_group=group)
+    token_stats(logits[:, here].float(), ids, outputs=DIFFERENTIABLE, shard_group=group)
+    linear_token_stats(hidden.float(), weight[here].float(), ids, outputs="logp", shard_group=group)
+    Shard.gather = original
+    assert seen == [(5, torch.float32), (6, torch.float32), (3, torch.float32)]
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(SIZES))
@@ -95,6 +110,7 @@ def work(rank: int, folder: str) -> None:
         token_stats(torch.zeros(1, SIZES[rank]), None, outputs="lse", vocab_size=9, shard_group=dist.group.WORLD)
     with pytest.raises(IndexError, match=r"ids\[0\] = 16 is not a column of 0..15"):
         token_stats(torch.zeros(1, SIZES[rank]), torch.tensor([16]), outputs="logp", shard_group=dist.group.WORLD)
+    check_what_is_exchanged(rank)
     torch.save(results, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 

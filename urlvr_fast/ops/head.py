@@ -148,7 +148,7 @@ class HeadRows:
 
     def statistics(self, tile: Tensor, rows: slice) -> Tensor:
         """(STATS, n) packed."""
-        return statistics(tile, self.bias, tile.shape[1], self.spec.select(rows))
+        return statistics(tile, self.bias, tile.shape[1], self.spec.select(rows), all_finite=self.bias is None)
 
     def start_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Buffers for what is wanted. A row of `d_hidden` is complete after its chunk and is stored in the hidden states' dtype, unless

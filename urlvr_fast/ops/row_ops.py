@@ -267,12 +267,15 @@ torch.library.register_autograd("urlvr_fast::token_stats", _differentiate, setup
 Upstream = dict[str, Tensor]  # name of a statistic -> gradient of the loss by it, (N,)
 
 
-def statistics(logits: Tensor, bias: Tensor | None, columns: int, spec: RowSpec) -> Tensor:
-    """The packed statistics (STATS, N) of the first `columns` of logits (…, V); over all ranks where there are shards."""
+def statistics(logits: Tensor, bias: Tensor | None, columns: int, spec: RowSpec, *, all_finite: bool = False) -> Tensor:
+    """The packed statistics (STATS, N) of the first `columns` of logits (…, V); over all ranks where there are shards.
+
+    all_finite: no logit is −inf, so that shards need not tell each other how many are.
+    """
     if spec.shard is None:
         return ops.token_stats(logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend)
     sums = ops.token_stats(logits, bias, *spec.arguments(columns), columns, spec.flags | RAW, spec.backend)
-    return finish(_merge_shards(Partials(*sums), spec.shard), spec.flags, spec.keep is not None, spec.mask)
+    return finish(_merge_shards(Partials(*sums), spec, spec.shard, all_finite), spec.flags, spec.keep is not None, spec.mask)
 
 
 def gradient(
@@ -324,10 +327,30 @@ def unpack(stats: Tensor, wanted: frozenset[str] | set[str]) -> TokenStats:
     return TokenStats(*(line(name) for name in STATISTICS))
 
 
-def _merge_shards(parts: Partials, shard: Shard) -> Partials:
-    """One exchange; merged in rank order, so every rank holds the same bits."""
-    dtype = parts.m.dtype
-    every = Partials(*shard.gather(torch.stack([p.to(torch.float64) for p in parts])).unbind(1))  # (ranks, N) each
+def _exchanged(spec: RowSpec, all_finite: bool) -> list[str]:
+    """The sums that shards tell each other: five for the differentiable statistics of finite logits."""
+    wanted = spec.wanted
+    lines = {
+        "m": True,
+        "s": True,
+        "t": "entropy" in wanted and not spec.entropy_on_keep,
+        "total": "self_certainty" in wanted or "mean_logit" in wanted,
+    }
+    lines |= {"finite": lines["total"] and not all_finite, "x_id": spec.ids is not None}
+    lines |= {"s2": "sum_p2" in wanted, "second": "prob_gap" in wanted, "argmax": "argmax" in wanted}
+    lines |= dict.fromkeys(("keep_m", "keep_s", "keep_t", "keep_id"), spec.keep is not None)
+    return [name for name, needed in lines.items() if needed]
+
+
+def _merge_shards(parts: Partials, spec: RowSpec, shard: Shard, all_finite: bool) -> Partials:
+    """One exchange; merged in float64 and in rank order, so every rank holds the same bits."""
+    dtype, names = parts.m.dtype, _exchanged(spec, all_finite)
+    received = shard.gather(torch.stack([getattr(parts, name) for name in names])).double()  # (ranks, lines, N)
+    zero = torch.zeros_like(received[:, 0])
+    every = Partials(*(received[:, names.index(name)] if name in names else zero for name in Partials._fields))
+    if "finite" not in names:
+        sizes = torch.tensor(shard.sizes, dtype=zero.dtype, device=zero.device)
+        every = every._replace(finite=sizes[:, None].expand_as(zero))
     m, keep_m = every.m.amax(0), every.keep_m.amax(0)
     shift = (every.m - safe(m)).clamp(min=LOWEST)
     keep_shift = (every.keep_m - safe(keep_m)).clamp(min=LOWEST)
@@ -340,7 +363,7 @@ def _merge_shards(parts: Partials, shard: Shard) -> Partials:
         total=(every.total + shift * every.finite).sum(0),
         finite=every.finite.sum(0),
         x_id=every.x_id.amax(0),
-        bad_id=every.bad_id.amax(0),
+        bad_id=parts.bad_id,  # ids are global: all ranks see alike
         s2=(w * w * every.s2).sum(0),
         second=top[1],
         argmax=every.argmax.gather(0, every.m.argmax(0, keepdim=True))[0],

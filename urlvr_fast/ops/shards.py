@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,8 @@ class Shard:
     offset: int
     size: int
     total: int
-    widest: int  # columns of the largest slice: chunks are cut by it, so that every rank cuts alike
+    sizes: tuple[int, ...]  # of all slices
+    widest: int  # columns of the largest slice before `total` cut it: chunks are cut by it, so that every rank cuts alike
 
     @staticmethod
     def of(group: dist.ProcessGroup, columns: int, device: torch.device, vocab_size: int | None) -> Shard:
@@ -34,7 +36,8 @@ class Shard:
         if total <= bounds[-2]:  # every rank sees this alike, so that none is left waiting for the others
             raise ValueError(f"vocab_size={total} leaves a shard without a column (shards end at {bounds[1:]}); use fewer shards")
         rank = dist.get_rank(group)
-        return Shard(group, bounds[rank], min(bounds[rank + 1], total) - bounds[rank], total, max(sizes.tolist()))
+        cut = tuple(min(after, total) - before for before, after in pairwise(bounds))
+        return Shard(group, bounds[rank], cut[rank], total, cut, max(sizes.tolist()))
 
     def gather(self, values: Tensor) -> Tensor:
         """(K, N) from every rank: (ranks, K, N), in rank order."""
