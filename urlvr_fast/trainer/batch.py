@@ -112,6 +112,7 @@ def build_batch(
     """One batch from an engine's completions: `completions[i]` are those of prompt i, and they make group i.
 
     decode: token ids of many responses -> their texts, special tokens left out. columns: the prompts' other columns, one value a prompt.
+    Statistics that the engine took while sampling, the same ones for every completion, fill the batch's fields of their names.
     Raises ValueError when an engine returned an empty completion, which no sampler can mean.
     """
     owner = [i for i, group in enumerate(completions) for _ in group]
@@ -119,6 +120,9 @@ def build_batch(
     for i, c in zip(owner, flat, strict=True):
         if not c.token_ids or len(c.token_ids) != len(c.logp):
             raise ValueError(f"prompt {prompt_ids[i]}: a completion of {len(c.token_ids)} tokens came with {len(c.logp)} log-probs")
+        for name, values in c.statistics.items():
+            if len(values) != len(c.token_ids):
+                raise ValueError(f"prompt {prompt_ids[i]}: a completion of {len(c.token_ids)} tokens came with {len(values)} of {name}")
     sequences = [prompt_token_ids[i] + c.token_ids for i, c in zip(owner, flat, strict=True)]
     lengths = torch.tensor([0] + [len(s) for s in sequences], dtype=torch.int64)
     return RolloutBatch(
@@ -133,4 +137,5 @@ def build_batch(
         sampled_logp=torch.tensor([p for c in flat for p in c.logp], dtype=torch.float32),
         temperature=temperature,
         columns={name: [values[i] for i in owner] for name, values in (columns or {}).items()},
+        **{name: torch.cat([c.statistics[name] for c in flat]) for name in (flat[0].statistics if flat else ())},
     )

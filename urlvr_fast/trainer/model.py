@@ -91,8 +91,9 @@ def check_engine(config: Config) -> None:
         require_vllm()
 
 
-def build_rollout(config: Config, loaded: LoadedModel, max_model_len: int) -> Rollout:
-    """The engine `rollout.engine` names; its weights are the loaded model's. max_model_len: longest prompt plus response, in tokens."""
+def build_rollout(config: Config, loaded: LoadedModel, max_model_len: int, *, statistics: bool = False) -> Rollout:
+    """The engine `rollout.engine` names; its weights are the loaded model's. max_model_len: longest prompt plus response, in tokens.
+    statistics: it will be asked for `Sampling.statistics`."""
     if config.rollout.engine == "hf":
         from urlvr_fast.trainer.rollout.hf import HFRollout
 
@@ -106,4 +107,5 @@ def build_rollout(config: Config, loaded: LoadedModel, max_model_len: int) -> Ro
         kv_cache_gib=config.rollout.kv_cache_gib,
         gpu_memory=config.rollout.gpu_memory,
         seed=config.seed,
+        statistics=statistics,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -37,6 +37,16 @@ class Sampling:
     max_tokens: int
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
+    # Out of entropy, self_certainty and prob_gap: taken for every token while it is sampled.
+    statistics: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError when statistics are asked of sampling that is not from the whole tempered distribution, whose they are."""
+        if self.statistics and (self.temperature == 0 or self.top_p < 1 or self.top_k):
+            raise ValueError(
+                f"{', '.join(sorted(self.statistics))} while sampling would be of the tempered distribution over the whole vocabulary, "
+                f"which is not what temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k} draws from: ask for none"
+            )
 
 
 @dataclass
@@ -44,6 +54,7 @@ class Completion:
     token_ids: list[int]  # with the end-of-sequence token, when it was sampled
     logp: list[float]  # of each token, under the distribution it was drawn from: after temperature, top-p and top-k
     finish_reason: str  # "stop" or "length"
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # each of Sampling.statistics, (tokens,) fp32 on the CPU
 
 
 class Rollout(Protocol):

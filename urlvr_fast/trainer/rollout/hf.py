@@ -53,7 +53,7 @@ class HFRollout:
         pad = self._stop_token_ids[0] if self._stop_token_ids else 0  # any id will do: the attention mask hides it
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=self._model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
-        recorder = _LogpRecorder()
+        recorder = _Recorder(("logp", *sorted(sampling.statistics)))
         processors = LogitsProcessorList(_truncation(sampling))
         processors.append(recorder)
         greedy = sampling.temperature == 0
@@ -72,16 +72,17 @@ class HFRollout:
             pad_token_id=pad,
             use_cache=True,
         )
-        logp = recorder.finish(sequences)
-        rows = [self._cut(row, row_logp) for row, row_logp in zip(sequences[:, width:].tolist(), logp.tolist(), strict=True)]
+        taken = recorder.finish(sequences)
+        rows = [self._cut(ids, {name: v[i] for name, v in taken.items()}) for i, ids in enumerate(sequences[:, width:].tolist())]
         n = len(rows) // len(prompts)
         return [rows[i * n : (i + 1) * n] for i in range(len(prompts))]
 
-    def _cut(self, token_ids: list[int], logp: list[float]) -> Completion:
+    def _cut(self, token_ids: list[int], taken: dict[str, Tensor]) -> Completion:
         """End a padded row at its first stop token."""
         length = next((i + 1 for i, token in enumerate(token_ids) if token in self._stop_token_ids), None)
         reason = "length" if length is None else "stop"
-        return Completion(token_ids[:length], logp[:length], reason)
+        cut = {name: values[:length] for name, values in taken.items()}
+        return Completion(token_ids[:length], cut.pop("logp").tolist(), reason, cut)
 
 
 def _truncation(sampling: Sampling) -> list[LogitsProcessor]:
@@ -95,26 +96,26 @@ def _truncation(sampling: Sampling) -> list[LogitsProcessor]:
     return processors
 
 
-class _LogpRecorder(LogitsProcessor):
+class _Recorder(LogitsProcessor):
     """Last in the list, it sees the scores that are sampled from. The token drawn from one call's scores is known at the next call, so one
     (rows, V) tensor is held, not one a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: tuple[str, ...]) -> None:
+        self._outputs = outputs  # of `token_stats`
         self._scores: Tensor | None = None
-        self._logp: list[Tensor] = []  # one (rows,) a step
+        self._taken: list[Tensor] = []  # one (outputs, rows) a step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._take(input_ids)
         self._scores = scores
         return scores
 
-    def finish(self, sequences: Tensor) -> Tensor:
-        """(rows, generated tokens) log-probs; what stands after a row's end is meaningless."""
+    def finish(self, sequences: Tensor) -> dict[str, Tensor]:
+        """Each output, (rows, generated tokens) on the CPU; what stands after a row's end is meaningless."""
         self._take(sequences)
-        return torch.stack(self._logp, dim=1)
+        return dict(zip(self._outputs, torch.stack(self._taken, dim=2).cpu(), strict=True))
 
     def _take(self, input_ids: Tensor) -> None:
         if self._scores is not None:
-            logp = token_stats(self._scores, input_ids[:, -1], outputs=("logp",)).logp
-            assert logp is not None
-            self._logp.append(logp)
+            stats = token_stats(self._scores, input_ids[:, -1], outputs=self._outputs)
+            self._taken.append(torch.stack([getattr(stats, name) for name in self._outputs]))

@@ -1,4 +1,4 @@
-"""vLLM in this process, on CPU or CUDA: the only file that touches vLLM.
+"""vLLM in this process, on CPU or CUDA: with `vllm_statistics`, its logits processor, the only file that touches vLLM.
 
 Weights go over with `reload_weights`, once per sync with the whole iterator: the direct `load_weights` fails half-way on vLLM's CPU
 backend, whose linear weights are repacked after loading. The packed output head is a copy, so a tied head must be sent under its own
@@ -8,6 +8,7 @@ values. `processed_logprobs` makes the returned log-probs those of the distribut
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.metadata
 import importlib.util
@@ -15,14 +16,18 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from urlvr_fast.trainer.rollout import Completion, RolloutError, Sampling, seeded
 
+if TYPE_CHECKING:
+    from urlvr_fast.trainer.rollout.vllm_statistics import StatisticsRecorder
+
 OLDEST = (0, 20)
+V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 class VLLMRollout:
@@ -30,7 +35,8 @@ class VLLMRollout:
 
     model: directory or hub id to start from (weights are replaced at the first `sync`).
     dtype: "float32" or "bfloat16". max_model_len: longest prompt plus response, in tokens. stop_token_ids: what ends a completion.
-    Raises RolloutError when vLLM is missing or too old.
+    statistics: be ready for `Sampling.statistics`; an engine that is not costs nothing.
+    Raises RolloutError when vLLM is missing or too old, or when statistics are asked of a vLLM that is told to use its V2 model runner.
     """
 
     def __init__(
@@ -44,12 +50,19 @@ class VLLMRollout:
         kv_cache_gib: float = 1.0,
         gpu_memory: float = 0.45,
         seed: int = 0,
+        statistics: bool = False,
     ) -> None:
         require_vllm()
         # Read by vLLM when it is imported or when the engine starts, so they must stand before both. What a user has set wins.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights travel as tensors, which needs the engine in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if statistics and os.environ.setdefault(V2_RUNNER, "0") != "0":
+            # Its batch has no rows that move, and its processors are of another kind.
+            raise RolloutError(
+                f"rollout.stats=sampling needs vLLM's V1 model runner, and {V2_RUNNER}={os.environ[V2_RUNNER]} asks for the other: "
+                "unset it, or ask for rollout.stats=recompute"
+            )
         set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
         # vLLM's own use of torch and Triton: nothing that a user could change. VLLM_LOGGING_LEVEL brings its log back.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
@@ -59,6 +72,13 @@ class VLLMRollout:
         on_gpu = torch.cuda.is_available()
         memory = {"gpu_memory_utilization": gpu_memory} if on_gpu else {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
         self._stop_token_ids = stop_token_ids
+        self._recorder: StatisticsRecorder | None = None
+        processors: dict[str, Any] = {}
+        if statistics:
+            from urlvr_fast.trainer.rollout.vllm_statistics import StatisticsRecorder, processor_class
+
+            self._recorder = StatisticsRecorder()
+            processors = {"logits_processors": [processor_class(self._recorder)]}
         self._llm: Any = LLM(
             model=model,
             generation_config="vllm",  # none of the model's own sampling defaults or stop tokens: `generate` says all there is to say
@@ -72,6 +92,7 @@ class VLLMRollout:
             use_tqdm_on_load=False,
             seed=seed,
             **memory,
+            **processors,
         )
         # vLLM's CPU worker sets the thread count of the process that hosts it and replaces the function that would set it back.
         torch.set_num_threads = set_num_threads
@@ -91,9 +112,34 @@ class VLLMRollout:
             logprobs=0,  # the sampled token's only
             detokenize=False,
         )
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        if sampling.statistics:
+            return self._generate_with_statistics(inputs, params, sampling, seed)
         with seeded(seed):
-            outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+            outputs = self._llm.generate(inputs, params, use_tqdm=False)
         return [[_completion(c) for c in sorted(request.outputs, key=lambda c: c.index)] for request in outputs]
+
+    def _generate_with_statistics(self, inputs: list[dict[str, Any]], params: Any, sampling: Sampling, seed: int) -> list[list[Completion]]:
+        """Every completion is a request of its own, with a number of its own: those of one request with n > 1 share their parameters. They
+        enter the batch in the same order, so the same seed draws the same tokens as without statistics."""
+        if self._recorder is None:
+            raise RolloutError("this vLLM engine was not built to take statistics: pass statistics=True to VLLMRollout")
+        from urlvr_fast.trainer.rollout.vllm_statistics import NUMBER
+
+        params.n = 1
+        params.skip_clone = True  # vLLM may keep these objects: each request has its own, and nobody uses them again
+        numbered = []
+        for number in self._recorder.start(sorted(sampling.statistics), len(inputs) * sampling.n):
+            numbered.append(copy.copy(params))
+            numbered[-1].extra_args = {NUMBER: number}
+        with seeded(seed):
+            outputs = self._llm.generate([i for i in inputs for _ in range(sampling.n)], numbered, use_tqdm=False)
+        completions = [_completion(request.outputs[0]) for request in outputs]
+        lengths = [len(c.token_ids) for c in completions]
+        for name, values in self._recorder.finish(lengths).items():
+            for completion, own in zip(completions, values.split(lengths), strict=True):
+                completion.statistics[name] = own
+        return [completions[i : i + sampling.n] for i in range(0, len(completions), sampling.n)]
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         with torch.no_grad():
