@@ -367,6 +367,74 @@ def test_every_reward_trains(tmp_path, reward):
     assert all(line["grad_norm"] > 0 and line["reward_std"] > 0 for line in lines)
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """What the learner's body does: "forward" (with gradient), "score" (without) and "backward". Generation, with a cache, is left out."""
+    from urlvr_fast.trainer import loop
+
+    seen = []
+    load = loop.load_model
+
+    def counted(*arguments):
+        loaded = load(*arguments)
+        body = loaded.model.base_model
+
+        def count(_module, _args, kwargs):
+            if kwargs.get("use_cache") is False:
+                seen.append("forward" if torch.is_grad_enabled() else "score")
+
+        body.register_forward_pre_hook(count, with_kwargs=True)
+        body.norm.weight.register_post_accumulate_grad_hook(lambda _: seen.append("backward"))
+        return loaded
+
+    monkeypatch.setattr(loop, "load_model", counted)
+    return seen
+
+
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_a_certainty_step_is_one_forward_and_one_backward(tmp_path, passes, engine):
+    """But for the first of a run and the first after a resume, which are checked against a forward of the old policy."""
+    options = ["reward=self_certainty", f"rollout.engine={engine}", "trainer.steps=4"]
+    step = ["forward", "backward"]
+    for stop in (3, 4):
+        passes.clear()
+        _, run_dir = run(tmp_path, *options, f"trainer.stop_after={stop}", resume=stop == 4)
+        assert passes[:2] == ["score", "score"]  # the learner looks at the head of a model it has not seen
+        assert passes[2:] == ["score", *step * (3 if stop == 3 else 1)]
+    lines = read_jsonl(run_dir / "metrics.jsonl")[1:]
+    assert ["stats_gap_max" in line for line in lines] == [True, False, False, True]
+    assert all(0 < line["stats_gap_max"] < 1e-4 for line in (lines[0], lines[3]))
+    assert all(line["logp_gap_max"] < 1e-4 and line["actor_entropy"] > 0 for line in lines)
+
+
+def test_statistics_taken_while_sampling_train_what_recomputed_ones_do(tmp_path, passes):
+    trained = {}
+    for stats in ("sampling", "recompute"):
+        _, run_dir = run(tmp_path, "reward=token_entropy", f"rollout.stats={stats}", name=stats)
+        trained[stats] = read_jsonl(run_dir / "metrics.jsonl")[1:]
+    assert passes[-9:] == ["score", "forward", "backward"] * 3
+    assert not any("stats_gap_max" in line for line in trained["recompute"])
+    for a, b in zip(*trained.values(), strict=True):
+        for name in ("reward", "actor_entropy", "grad_norm", "response_length"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3)
+
+
+def test_statistics_of_other_tokens_stop_the_run(tmp_path, monkeypatch):
+    from urlvr_fast.trainer.rollout.hf import HFRollout
+
+    generate = HFRollout.generate
+
+    def mixed_up(self, prompts, sampling, seed):
+        completions = generate(self, prompts, sampling, seed)
+        for c in (c for group in completions for c in group):
+            c.statistics = {name: values.flip(0) for name, values in c.statistics.items()}
+        return completions
+
+    monkeypatch.setattr(HFRollout, "generate", mixed_up)
+    with pytest.raises(RolloutError, match=r"step 1: entropy.*rollout\.stats=recompute"):
+        run(tmp_path, "reward=self_certainty", "eval.prompts=0")
+
+
 def test_a_log_prob_gap_stops_the_run(tmp_path):
     with pytest.raises(RolloutError, match="stale weights"):
         run(tmp_path, "rollout.logp_gap_limit=1e-12")

@@ -61,7 +61,13 @@ class RolloutConfig:
     stop_token_ids: list[int] = option([], "End-of-sequence ids. Empty: the model's own.")
     logp_gap_limit: float | None = option(
         None,
-        "Stop when a sampled token's log-prob differs by more than this between engine and trainer. Unset: 1e-3 in fp32, 1.0 in 16 bit.",
+        "Stop when a sampled token's log-prob, or a statistic taken while sampling, differs by more than this between engine and trainer. "
+        "Unset: 1e-3 in fp32, 1.0 in 16 bit.",
+    )
+    stats: str = option(
+        "sampling",
+        "Where the entropy or self-certainty that a reward needs comes from. `sampling`: the engine's logits, while it samples; a run's "
+        "first step checks them against the trainer's. `recompute`: a forward of the trainer's own in every step.",
     )
     max_sequences: int = option(256, "vLLM: sequences decoded at once.")
     kv_cache_gib: float = option(1.0, "vLLM on CPU: memory for the KV cache.")
@@ -149,6 +155,7 @@ CHOICES = {
     "prompts.overlong": ("skip", "refuse"),
     "answers.kind": ("auto", "math", "exact"),
     "rollout.engine": ("vllm", "hf"),
+    "rollout.stats": ("sampling", "recompute"),
     "loss.loss_type": ("reinforce", "grpo", "dapo", "bnpo", "dr_grpo", "gspo", "luspo", "gmpo", "cispo", "sapo"),
     "loss.advantage_scale": ("group", "batch", "none"),
     "loss.baseline": ("mean", "leave_one_out"),

@@ -7,6 +7,8 @@ What was left out of GRPO, and why:
   * no importance weights against the engine by default: the log-prob gap between engine and trainer is measured every step instead,
     and the run stops when it is more than rounding;
   * no value model, no replay, no asynchronous rollouts.
+  * no forward of the old policy: what certainty rewards need is taken while the engine samples (`rollout.stats`), so a step is one
+    forward and one backward.
 What stays: N rollouts a prompt, advantages normalised within the group, a token-level loss over the whole batch, AdamW, gradients
 clipped at 1.
 
@@ -75,6 +77,7 @@ class Run:
     learner: Learner
     log: RunLog
     alarm: RewardAlarm
+    stats_checked: bool = False  # whether statistics taken while sampling were compared with the trainer's
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> str:
@@ -96,7 +99,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> s
     )
     done = load_optimizer(checkpoint, loaded.model, learner.optimizer) if checkpoint else 0
     longest = max(map(len, encoded.token_ids + eval_encoded.token_ids))
-    rollout = build_rollout(config, loaded, longest + config.rollout.max_tokens)
+    rollout = build_rollout(config, loaded, longest + config.rollout.max_tokens, statistics=bool(statistics_sampled(config, reward)))
     try:
         rollout.sync(learner.weights())
         path = run_dir.create(config, resume=resume)
@@ -169,20 +172,21 @@ def training_step(run: Run, step: int) -> dict[str, float]:
     """One step, from prompts to synchronised weights. Returns its metrics."""
     config, learner = run.config, run.learner
     seed = mixed_seed(config.seed, step)
-    sampling = Sampling(config.rollout.group_size, config.rollout.temperature, config.rollout.max_tokens)
+    statistics = statistics_sampled(config, run.reward)
+    sampling = Sampling(config.rollout.group_size, config.rollout.temperature, config.rollout.max_tokens, statistics=statistics)
     clock = [time.perf_counter()]
 
     batch = sample_batch(run.rollout, run.prompts, run.encoded, positions(run, step), sampling, seed, run.loaded.decode)
     clock.append(time.perf_counter())
 
-    gap = fill_statistics(batch, run.reward, learner)
+    gaps = fill_statistics(run, batch)
     rewards = call_reward(run.reward, batch, Policy(run.loaded, run.rollout, learner, seed))
     advantages = group_advantages(
         rewards, batch.group_ids, scale=config.loss.advantage_scale, baseline=config.loss.baseline, mask=batch.train_mask
     )
     metrics = learner.accumulate(batch, advantages)
-    metrics["logp_gap_max"] = larger(gap, metrics["logp_gap_max"])
-    check_gap(run, step, metrics["logp_gap_max"])
+    metrics |= gaps | {"logp_gap_max": larger(gaps.get("logp_gap_max", 0.0), metrics["logp_gap_max"])}
+    check_gaps(run, step, metrics)
     metrics |= learner.update(step)
     clock.append(time.perf_counter())
 
@@ -226,31 +230,61 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed_seed(seed, -epoch - 2))).tolist()
 
 
-def fill_statistics(batch: RolloutBatch, reward: Reward, learner: Learner) -> float:
-    """Take what the reward needs from the policy that sampled, while the weights are still its. Returns the log-prob gap seen."""
+def statistics_wanted(reward: Reward) -> frozenset[str]:
+    """What the reward needs. Entropy rides along for the metrics: a second forward for it alone would cost as much again."""
     needs = reward_needs(reward)
-    if not needs:
-        return 0.0
-    # Entropy rides along for the metrics: a second forward for it alone would cost as much again.
-    stats = learner.score(batch, ("logp", *sorted({"entropy", *needs})))
-    logp = stats.pop("logp")
-    for name, values in stats.items():
-        setattr(batch, name, values)
-    return float((logp - batch.sampled_logp).abs().max())
+    return needs | {"entropy"} if needs else needs
 
 
-def check_gap(run: Run, step: int, gap: float) -> None:
-    """Raise RolloutError when engine and trainer disagree on what was sampled by more than rounding."""
+def statistics_sampled(config: Config, reward: Reward) -> frozenset[str]:
+    """What the engine is to take while it samples."""
+    return statistics_wanted(reward) if config.rollout.stats == "sampling" else frozenset()
+
+
+def fill_statistics(run: Run, batch: RolloutBatch) -> dict[str, float]:
+    """See to it that the batch has what the reward needs from the policy that sampled, while the weights are still its.
+
+    What the engine took while sampling stays, and costs no forward here; in the first step of a run, and after a resume, it is compared
+    with the trainer's. What it did not take the trainer does now. Returns the gaps seen: `logp_gap_max` and `stats_gap_max`.
+    """
+    wanted = sorted(statistics_wanted(run.reward))
+    missing = [name for name in wanted if getattr(batch, name) is None]
+    if not missing and (run.stats_checked or not wanted):
+        return {}
+    own = run.learner.score(batch, ("logp", *wanted))
+    gaps = {"logp_gap_max": largest_gap(own["logp"], batch.sampled_logp)}
+    for name in wanted:
+        if name in missing:
+            setattr(batch, name, own[name])
+        else:
+            gaps["stats_gap_max"] = larger(gaps.get("stats_gap_max", 0.0), largest_gap(own[name], getattr(batch, name)))
+    run.stats_checked = True
+    return gaps
+
+
+def largest_gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def check_gaps(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """Raise RolloutError when engine and trainer disagree by more than rounding: on what was sampled, or on its statistics."""
     limit = run.config.rollout.logp_gap_limit
     if limit is None:
         limit = 1e-3 if run.loaded.dtype == "float32" else 1.0
-    if gap <= limit:  # also false for NaN
-        return
-    raise RolloutError(
-        f"step {step}: a sampled token's log-prob differs by {gap:.3g} between the engine and the trainer "
-        f"(rollout.logp_gap_limit={limit:g}). The engine may hold stale weights, sample at another temperature or top-p, or return raw "
-        "instead of processed log-probs; training on would be off-policy without knowing it"
-    )
+    logp, stats = metrics["logp_gap_max"], metrics.get("stats_gap_max", 0.0)
+    # `not <=` is true for NaN as well.
+    if not logp <= limit:
+        raise RolloutError(
+            f"step {step}: a sampled token's log-prob differs by {logp:.3g} between the engine and the trainer "
+            f"(rollout.logp_gap_limit={limit:g}). The engine may hold stale weights, sample at another temperature or top-p, or return raw "
+            "instead of processed log-probs; training on would be off-policy without knowing it"
+        )
+    if not stats <= limit:
+        raise RolloutError(
+            f"step {step}: entropy, self-certainty or probability gap of a token differs by {stats:.3g} between what the engine took while "
+            f"sampling and the trainer (rollout.logp_gap_limit={limit:g}), though the log-probs agree. The engine may have mixed up its "
+            "rows of logits, or leave a part of the vocabulary out; rollout.stats=recompute takes them from the trainer instead"
+        )
 
 
 def shape_metrics(batch: RolloutBatch, rewards: Tensor) -> dict[str, float]:
