@@ -36,6 +36,15 @@ class Block:
     columns: int
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """How one program compares some rollouts with all rollouts."""
+
+    warps: int
+    rows: int  # of its own
+    columns: int  # of the others, a step
+
+
 # By the bytes of a logit, here and below. Two vectors a lane and two ahead need few enough registers for several programs a processor.
 STATISTICS = {2: RowTiles(8, 256, 2, 16384), 4: RowTiles(8, 256, 2, 16384)}
 KEEP_REGISTERS = 96  # of statistics with a keep set: left alone, ptxas takes fewer and spills
@@ -50,6 +59,7 @@ BIAS = Block(4, 1024)
 BIAS_ROWS = 256  # rows summed by one program; the sums of the programs are added in order
 KEEP = Block(4, 512)  # entries of a row's keep set, a step
 ROWS = Block(4, 128)  # rows, where a kernel has one number a row
+ADVANTAGES = Pairs(4, 8, 128)  # eight pairs a thread; few rollouts a program, so that a batch of 512 occupies 64 processors
 KEEP_LANES = 128  # entries of a row's keep set that the statistics read at a time
 
 # Arguments of the kernels that are never compiled in, not even as "divisible by 16" or "equal to 1": a new length, temperature
@@ -60,6 +70,7 @@ RUNTIME = (
     *("upstream", "upstream_stride", "given", "out", "out_stride_a", "out_stride_b", "values", "bias_values", "bias_grad", "blocks"),
     *("loss", "loss_stride", "present", "loss_kind", "kl_kind", "correction", "row_scale", "low", "high", "log_delta", "beta"),
     *("entropy_coef", "self_certainty_coef", "ratio_cap", "tau_pos", "tau_neg", "rollout_cap", "rollout_floor"),
+    *("rewards", "group_ids", "eps_bits"),
 )
 
 

@@ -76,7 +76,8 @@ def quick_interpreter():
 
 @pytest.fixture
 def tiny_triton(quick_interpreter, monkeypatch):
-    """Interpreted Triton kernels with 4 lanes, 2 vectors deep: tiles of 32 (fp32) or 64 columns; segments of 64."""
+    """Interpreted Triton kernels with 4 lanes, 2 vectors deep: tiles of 32 (fp32) or 64 columns; segments of 64. Rollouts are
+    compared 4 with 8."""
     from urlvr_fast.kernels import targets
 
     tiles = {2: targets.RowTiles(4, 4, 2, 64), 4: targets.RowTiles(4, 4, 2, 64)}
@@ -88,3 +89,4 @@ def tiny_triton(quick_interpreter, monkeypatch):
     monkeypatch.setattr(targets, "BIAS_ROWS", 4)
     monkeypatch.setattr(targets, "KEEP", targets.Block(4, 16))
     monkeypatch.setattr(targets, "KEEP_LANES", 8)
+    monkeypatch.setattr(targets, "ADVANTAGES", targets.Pairs(4, 4, 8))

@@ -4,6 +4,7 @@ No register may spill and nothing may live in local memory; rows that start on a
 never so. `python tests/test_kernels_triton_compile.py` prints registers, shared memory and compile time of every specialisation.
 """
 
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ if __name__ != "__main__":
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler; run this file without it", allow_module_level=True)
 
-from urlvr_fast.kernels import policy_loss_from_logits, scale_rows, token_stats
+from urlvr_fast.kernels import group_advantages, policy_loss_from_logits, scale_rows, token_stats
 
 from urlvr_fast.ops.layout import ENTROPY_ON_KEEP, GRADS, LOSS_LINES, RAW, STATS, Stat
 
@@ -99,12 +100,20 @@ def launches(columns, dtype):
             yield scale_rows.plan_scale(gradient, torch.empty((), device="meta"), row_scale)
 
 
+def advantages(dtype, rows=512, ids=torch.int64, eps=1e-6):
+    """Every option of the kernel over rollouts."""
+    mask = torch.empty(rows, dtype=torch.bool, device="meta")
+    rewards, group_ids = torch.empty(rows, dtype=dtype, device="meta"), torch.empty(rows, dtype=ids, device="meta")
+    for scale, baseline, masked in itertools.product(("group", "batch", "none"), ("mean", "leave_one_out"), (None, mask)):
+        yield group_advantages.plan_advantages(rewards, group_ids, masked, scale, baseline, eps, rewards)
+
+
 def signature_of(argument):
     """The type that Triton compiles a runtime argument for; None is compiled in."""
     if argument is None:
         return "constexpr"
     if isinstance(argument, torch.Tensor):
-        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int64": "i64", "bool": "i1"}
+        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int32": "i32", "int64": "i64", "bool": "i1"}
         return "*" + short[str(argument.dtype).removeprefix("torch.")]
     if isinstance(argument, float):
         return "fp32"
@@ -123,13 +132,10 @@ def specialisation(launch):
 
 def specialisations():
     """Without repetition: lengths are runtime values, so V = 32000 and V = 151936 share nearly all."""
-    unique = {}
-    for columns in COLUMNS:
-        for dtype in DTYPES:
-            for launch in launches(columns, dtype):
-                entry = specialisation(launch)
-                unique[json.dumps(entry)] = entry
-    return list(unique.values())
+    of_rows = (launches(columns, dtype) for columns in COLUMNS for dtype in DTYPES)
+    of_rollouts = (advantages(torch.float32), advantages(torch.float64), itertools.islice(advantages(torch.bfloat16, ids=torch.int32), 1))
+    entries = [specialisation(launch) for launch in itertools.chain(*of_rows, *of_rollouts)]
+    return list({json.dumps(entry): entry for entry in entries}.values())
 
 
 def compile_one(entry, architecture):
@@ -188,6 +194,7 @@ def binaries(tmp_path_factory):
 def test_nothing_spills(binaries, architecture):
     mine = [b for b in binaries if b["architecture"] == architecture]
     assert {b["kernel"] for b in mine} >= {"statistics_kernel", "segments_kernel", "merge_kernel", "gradient_kernel", "policy_kernel"}
+    assert "advantages_kernel" in {b["kernel"] for b in mine}
     assert [b for b in mine if b["stack"] or b["local"] or b["local_accesses"]] == []
 
 
@@ -223,6 +230,10 @@ def test_lengths_and_numbers_are_not_compiled_in():
             [specialisation(launch) for launch in of(n, columns, torch.bfloat16, flags)] for n, columns in ((4096, 151936), (999, 32008))
         )
         assert one == other
+    short, long = (
+        [specialisation(launch) for launch in advantages(torch.float32, rows, eps=eps)] for rows, eps in ((1, 1e-6), (4096, 0.1))
+    )
+    assert short == long
     for kernel in {launch.kernel for launch in launches(32000, torch.bfloat16)}:
         assert {p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize} <= {"bias"}
 

@@ -17,6 +17,7 @@ LOGITS, IDS, A = torch.randn(3, 5), torch.tensor([0, 1, 2]), torch.ones(3)
 CALLS = {
     "token_stats": lambda **k: token_stats(LOGITS, IDS, outputs="logp", **k),
     "linear_token_stats": lambda **k: linear_token_stats(torch.randn(3, 2), torch.randn(5, 2), IDS, outputs="logp", **k),
+    "group_advantages": lambda **k: group_advantages(A, IDS, **k),
     "policy_loss": lambda **k: policy_loss(torch.zeros(3), advantages=A, **k),
     "policy_loss_from_logits": lambda **k: policy_loss_from_logits(LOGITS, IDS, advantages=A, **k),
     "linear_policy_loss": lambda **k: linear_policy_loss(torch.randn(3, 2), torch.randn(5, 2), IDS, advantages=A, **k),
@@ -97,5 +98,22 @@ def test_without_the_compiled_library(tmp_path):
     assert "install urlvr_fast again, or set URLVR_FAST_BACKEND=torch" in broken.stderr
 
 
-def test_group_advantages_needs_no_backend():
-    assert group_advantages(torch.tensor([0.0, 1.0]), torch.tensor([0, 0])).shape == (2,)
+def test_a_variable_for_the_models_device_does_not_speak_of_rewards_on_the_host(monkeypatch):
+    monkeypatch.setattr(backend, "_MISSING", dict.fromkeys(BACKENDS, ""))
+    for name in ("triton", "cuda"):
+        monkeypatch.setenv("URLVR_FAST_BACKEND", name)
+        assert choose_backend(None, "cpu", off_model=True) == "cpp"
+        assert choose_backend(None, "cuda", off_model=True) == name
+        assert torch.equal(group_advantages(torch.tensor([0.0, 2.0]), torch.tensor([0, 0]), scale="none"), torch.tensor([-1.0, 1.0]))
+        with pytest.raises(RuntimeError, match="takes cuda tensors"):
+            choose_backend(None, "cpu")
+        with pytest.raises(RuntimeError, match="takes cuda tensors"):
+            group_advantages(A, IDS, backend=name)
+    monkeypatch.setenv("URLVR_FAST_BACKEND", "torch")
+    assert choose_backend(None, "cpu", off_model=True) == "torch"
+
+
+def test_there_is_no_cuda_kernel_for_group_advantages(monkeypatch):
+    monkeypatch.setattr(sys.modules["urlvr_fast.ops.group_advantages"], "choose_backend", lambda *_, **__: "cuda")
+    with pytest.raises(RuntimeError, match=r"backend='cuda' has no kernel for group_advantages: pass backend='triton' or 'torch'"):
+        group_advantages(A, IDS)

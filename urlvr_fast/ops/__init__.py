@@ -13,11 +13,12 @@ Conventions, once for all of them:
   gradient from upstream has gradient 0, whatever it holds.
 * Derivatives are of first order; asking for a second one raises.
 * A row's bits depend on the row alone: not on the number of rows, threads or programs.
-* On CUDA nothing waits for the device: contents that cannot be checked for that reason (ids, temperatures) make their row NaN. On the CPU
-  they raise. Exceptions, in the torch backend: `group_advantages`, and `shard_group`, which learns the sizes of the shards.
-* torch.compile(fullgraph=True) takes token_stats, linear_token_stats, group_advantages, policy_loss and, where one kernel makes the gradient (losses with one
-  term a token, any backend but torch), policy_loss_from_logits. linear_policy_loss, and losses that join the tokens of a sequence,
-  differentiate small vectors in the forward, which breaks the graph.
+* On CUDA nothing waits for the device: contents that cannot be checked for that reason (ids, temperatures, rewards) make their row, or
+  their group, NaN. On the CPU they raise. Exceptions, in the torch backend: `group_advantages`, and `shard_group`, which learns the
+  sizes of the shards.
+* torch.compile(fullgraph=True) takes token_stats, linear_token_stats, group_advantages, policy_loss and, where one kernel makes the
+  gradient (losses with one term a token, any backend but torch), policy_loss_from_logits. linear_policy_loss, and losses that join the tokens of a
+  sequence, differentiate small vectors in the forward, which breaks the graph.
 * `shard_group`: columns are this rank's slice of the vocabulary, in rank order; ids are global; every rank calls alike.
 * `backend`: see `backend.py`. A backend that cannot be had raises.
 

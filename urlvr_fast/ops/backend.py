@@ -128,4 +128,4 @@ def kernels(name: str) -> Any:
     compiled = {f: getattr(ops, f"{name}_{f}").default for f in ("statistics", "gradient", "policy")}
     if name == "cuda":
         return SimpleNamespace(**compiled, scale=ops.cuda_scale.default)
-    return SimpleNamespace(**compiled, scale=rows.scale, group_advantages=ops.cpp_group_advantages.default)
+    return SimpleNamespace(**compiled, scale=rows.scale, advantages=ops.cpp_advantages.default)

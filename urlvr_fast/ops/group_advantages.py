@@ -31,7 +31,7 @@ def _run(rewards: Tensor, group_ids: Tensor, mask: Tensor | None, scale: str, ba
         return reference.group_advantages(rewards, group_ids, scale=scale, baseline=baseline, eps=eps, mask=mask)
     out = rewards.new_empty(rewards.shape)
     dense = rewards.contiguous(), group_ids.contiguous(), None if mask is None else mask.contiguous()
-    at = kernels(backend).group_advantages(*dense, scale, baseline, eps, out)
+    at = kernels(backend).advantages(*dense, scale, baseline, eps, out)
     if backend == "cpp" and at >= 0:
         _refuse(rewards, group_ids, at)
     return out
@@ -74,8 +74,8 @@ def group_advantages(
 
     Returns:
         (B,) in the rewards' dtype and device, without a graph; computed in float64. A group of one and a group whose rewards are all equal
-        get exactly 0. In the cpp and triton backends an advantage's bits depend on the rewards of its group (with "batch", of the batch) and
-        on nothing else; both give the same bits. A GPU compares every two rollouts: some thousands are fine, a million is not.
+        get exactly 0. In the cpp and triton backends an advantage's bits depend on its group's rewards (with "batch", on the batch's) and
+        on nothing else, and both give the same. A GPU compares every two rollouts: that is meant for thousands, not for a million.
 
     Raises:
         ValueError: a reward that counts is NaN, infinite or beyond ±1e150, on the CPU. On CUDA, where nothing waits for the device, its

@@ -9,7 +9,7 @@ A kernel package (C++, CUDA, Triton, PyTorch) is four functions over rows, all w
 
 with rows = (logits (A, B, V), bias (V,), ids (N,), mask (N,), temperatures (N,), crow (N + 1,), col (nnz,), temperature, softcap, scale,
 id_offset, total). N = A · B; the last stride of logits is 1, the others are free. Absent tensors are None; softcap 0.0 means none.
-C++ for the CPU and Triton have one more, over rollouts, all contiguous: group_advantages(rewards, group_ids, mask, scale, baseline, eps, out).
+C++ for the CPU and Triton have one more, over rollouts, all contiguous: advantages(rewards, group_ids, mask, scale, baseline, eps, out).
 """
 
 from __future__ import annotations
