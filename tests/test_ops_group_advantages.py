@@ -71,7 +71,7 @@ def tensors(data, dtype=torch.float64):
     return rewards, torch.tensor([g for _, g, _ in data], dtype=torch.int64), torch.tensor([m for _, _, m in data], dtype=torch.bool)
 
 
-def random_batch(rows=60, groups=9, seed=0):
+def random_batch(rows=24 if INTERPRETED else 60, groups=5, seed=0):
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, groups, (rows,), generator=g) * (2**59 + 1) - 2**62
     return torch.randn(rows, generator=g) * 3 + 100, ids, torch.rand(rows, generator=g) < 0.8
