@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,38 +31,54 @@ def _forward_backward(run: Statistics, rows: Rows) -> None:
     assert gradient.data_ptr() == rows.logits.data_ptr()
 
 
-def _allocated(step: object) -> int:
-    """Largest sum of the blocks that torch held during `step`, in bytes."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
+class Allocated:
+    """A context whose `value` is the largest sum of the blocks that torch held in it beyond what it held before, in bytes."""
+
+    value = 0
+
+    def __enter__(self) -> Allocated:
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        events = [event for event in self._profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            self.value = max(self.value, held)
 
 
-def _status(field: str) -> int | None:
+class Resident:
+    """A context whose `value` is how far the resident memory of the process rose above what it was, at its highest, in bytes."""
+
+    value = 0
+    highest = 0  # of this process, before the last context began its high-water mark anew
+
+    def __enter__(self) -> Resident:
+        gc.collect()
+        Resident.highest = max(Resident.highest, status("VmHWM") or 0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+            self._before, self._now = status("VmRSS") or 0, lambda: status("VmHWM") or 0
+        except OSError:
+            self._before, self._now = _ever(), _ever
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.value = max(0, self._now() - self._before)
+
+
+def _ever() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def status(field: str) -> int | None:
     """A line of /proc/self/status, in bytes."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
-
-
-def _resident(step: object) -> int:
-    """How far the resident memory of the process rose above what it was, at its highest."""
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-        before = _status("VmRSS")
-        step()
-        return max(0, _status("VmHWM") - before)
-    except OSError:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        step()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 def measure(scenario: Scenario, backend: str) -> dict:
@@ -80,9 +97,13 @@ def measure(scenario: Scenario, backend: str) -> dict:
         torch.cuda.reset_peak_memory_stats()
         _forward_backward(run, rows)
         return found | {"allocated_bytes": torch.cuda.max_memory_allocated() - before}
-    resident = _resident(lambda: _forward_backward(run, rows))
-    _allocated(lambda: _forward_backward(run, warm))
-    return found | {"allocated_bytes": _allocated(lambda: _forward_backward(run, rows)), "resident_bytes": resident}
+    with Resident() as resident:
+        _forward_backward(run, rows)
+    with Allocated():
+        _forward_backward(run, warm)
+    with Allocated() as allocated:
+        _forward_backward(run, rows)
+    return found | {"allocated_bytes": allocated.value, "resident_bytes": resident.value}
 
 
 def in_fresh_process(scenario: Scenario, backend: str) -> dict:

@@ -1,7 +1,9 @@
-"""Results as tables: the text that `python -m benches` prints, and the README's table.
+"""Results as tables: the text that `python -m benches` prints, and the README's tables.
 
-    python benches/table.py           write the newest result of each kind of device into README.md, between the two markers
+    python benches/table.py           write the newest results into README.md, between the markers of each table
     python benches/table.py --check   fail where README.md says something else
+
+The first table is of the ops, the newest result of each kind of device; the second, of a training step, is `benches/grpo_step/table.py`.
 
 Everything is computed here, from the raw samples in the JSON; no number of the README is typed by hand.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benches" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+STEP = "grpo-step-"  # what the files of the other table begin with
 OWN, OWN_TORCH, ALONE = "urlvr_fast ", "urlvr_fast torch", ", one thread"
 PRODUCT = "a product of 256 × 256"  # what tells whether two threads have a core each
 SHORT = {"self_certainty": "SC", "gradient": "grad"}
@@ -297,7 +300,8 @@ def markdown(result: dict) -> str:
 
 def newest(folder: Path = RESULTS) -> list[dict]:
     """The newest result of each kind of device."""
-    results = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda result: result["time"])
+    of_ops = [path for path in folder.glob("*.json") if not path.name.startswith(STEP)]
+    results = sorted((json.loads(path.read_text()) for path in of_ops), key=lambda result: result["time"])
     return [by_kind for _, by_kind in sorted({result["kind"]: result for result in results}.items())]
 
 
@@ -306,16 +310,19 @@ def block(results: list[dict]) -> str:
     return "\n\n".join(markdown(result) for result in results) or "No results yet: `python -m benches` makes them."
 
 
-def inserted(readme: str, content: str) -> str:
+def inserted(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """The README with `content` between the markers."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README needs {BEGIN} and then {END}, once each")
-    return f"{readme[: readme.index(BEGIN)]}{BEGIN}\n{content}\n{readme[readme.index(END) :]}"
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+        raise ValueError(f"README needs {begin} and then {end}, once each")
+    return f"{readme[: readme.index(begin)]}{begin}\n{content}\n{readme[readme.index(end) :]}"
 
 
 def main(arguments: list[str], readme: Path = ROOT / "README.md", results: Path = RESULTS) -> int:
+    from benches.grpo_step import table as step  # it takes its arithmetic from here
+
     before = readme.read_text()
     after = inserted(before, block(newest(results)))
+    after = inserted(after, step.block(results), step.BEGIN, step.END)
     if "--check" in arguments:
         if before != after:
             print(f"{readme.name} is not what {results.name}/ says: run python benches/table.py", file=sys.stderr)
@@ -325,4 +332,5 @@ def main(arguments: list[str], readme: Path = ROOT / "README.md", results: Path 
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     raise SystemExit(main(sys.argv[1:]))

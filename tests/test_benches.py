@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benches import __main__ as bench
 from benches import memory, policy_loss_from_logits, table, token_stats
 from benches.data import STATISTICS, Rows, Scenario
+from benches.grpo_step import table as steps
 from benches.measure import Case, Limits, Stopwatch, interleave
 from benches.peers import Provider, providers
 
@@ -144,7 +145,7 @@ def test_the_table_marks_targets(result: dict) -> None:
 def test_the_readme_follows_the_newest_result(result: dict, tmp_path: Path) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
     results.mkdir()
-    readme.write_text(f"before\n{table.BEGIN}\n{table.END}\nafter\n")
+    readme.write_text(f"before\n{table.BEGIN}\n{table.END}\n{steps.BEGIN}\n{steps.END}\nafter\n")
     assert table.main(["--check"], readme, results) == 1
     assert table.main([], readme, results) == 0
     assert "No results yet" in readme.read_text()
@@ -174,8 +175,12 @@ def test_the_readme_of_the_project_follows_its_results() -> None:
 
 
 def test_memory_is_counted() -> None:
-    blocks: list[torch.Tensor] = []
-    assert memory._allocated(lambda: blocks.append(torch.zeros(1 << 20))) >= 4 << 20
+    with memory.Allocated() as allocated:
+        torch.zeros(1 << 20)
+    assert allocated.value >= 4 << 20
+    with memory.Resident() as resident:
+        torch.ones(8 << 20)
+    assert resident.value >= 16 << 20
     found = memory.in_fresh_process(Scenario(64, 500), TAKING_PART[0].name.split()[-1])
     assert "absent" not in found, found
     assert found["logits_bytes"] == 64 * 500 * 2
