@@ -263,7 +263,7 @@ class LossRows:
 
 def _reciprocal(value: Tensor) -> Tensor:
     """1 / value, and 0 for 0: a batch in which nothing counts has loss 0."""
-    return torch.where(value == 0, 0, 1 / value)
+    return value.reciprocal().masked_fill(value == 0, 0)
 
 
 def sequence_of_rows(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -360,7 +360,7 @@ def rollout_weight(logp: Tensor, rows: LossRows, options: LossOptions) -> Tensor
     log_weight = rows.log_rollout_weight
     if log_weight is None:
         log_weight = _log_rollout_weight(logp.detach(), rows.live, rows, options)
-    w = torch.where(rows.live, log_weight, 0).clamp(max=MAX_LOG_RATIO).exp()
+    w = log_weight.masked_fill(~rows.live, 0).clamp(max=MAX_LOG_RATIO).exp()
     if options.rollout_correction == "truncate":
         return w.clamp(max=options.rollout_cap)
     outside = (w < options.rollout_floor) | (w > options.rollout_cap)  # written so that a NaN stays one
@@ -368,7 +368,7 @@ def rollout_weight(logp: Tensor, rows: LossRows, options: LossOptions) -> Tensor
 
 
 def _log_ratio(logp: Tensor, rows: LossRows) -> Tensor:
-    old = logp.detach() if rows.old_logp is None else torch.where(rows.live, rows.old_logp, 0)
+    old = logp.detach() if rows.old_logp is None else rows.old_logp.masked_fill(~rows.live, 0)
     return (logp - old).clamp(max=MAX_LOG_RATIO)
 
 
@@ -445,65 +445,56 @@ def policy_objective(
 
     A loss that does not join rows is a sum over rows, so the objectives of parts of the rows add up to that of the whole.
     """
-    live = rows.live
-    logp = torch.where(live, logp, 0)
+    dead = ~rows.live
+    logp = logp.masked_fill(dead, 0)
     weight = rollout_weight(logp, rows, options)
     if options.loss_type in SEQUENCE_RATIO:
         terms = sequence_terms(logp, rows, options)
-        live_sequence = rows.sequence_sum(live.to(torch.float32)) > 0
+        live_sequence = rows.sequence_sum(rows.live.to(torch.float32)) > 0
         policy = terms.policy
         if weight is not None:  # a sequence term counts as the mean over its tokens, so a token's weight enters by its mean
             assert rows.lengths is not None
-            policy = policy * rows.sequence_sum(torch.where(live, weight, 0)) * _reciprocal(rows.lengths)
+            policy = policy * rows.sequence_sum(weight.masked_fill(dead, 0)) * _reciprocal(rows.lengths)
         assert rows.sequence_weight is not None
         policy_loss = torch.where(live_sequence, policy, 0).sum() * rows.sequence_weight
         terms = Terms(*(value[rows.sequence] for value in terms))
     else:
         terms = token_terms(logp, rows, options)
         policy = terms.policy if weight is None else terms.policy * weight
-        policy_loss = (torch.where(live, policy, 0) * rows.weight).sum()
+        policy_loss = (policy.masked_fill(dead, 0) * rows.weight).sum()
     loss = policy_loss
-    metrics = _metrics(logp.detach(), terms, weight, policy_loss, rows)
-
-    def regulariser(values: Tensor, coefficient: float, name: str) -> Tensor:
-        values = torch.where(live, values, 0)
-        metrics[name] = values.detach().sum() * _reciprocal(metrics["live_tokens"])
-        return coefficient * (values * rows.regulariser_weight).sum() if coefficient else torch.zeros_like(loss)
-
+    means = {"ratio_mean": terms.ratio, "clip_frac_low": terms.clipped_low, "clip_frac_high": terms.clipped_high}
+    if weight is not None:
+        means["rollout_weight_mean"] = weight
+    regularisers = []
     if rows.ref_logp is not None:
-        loss = loss + regulariser(kl_estimate(logp, torch.where(live, rows.ref_logp, 0), options.kl), options.beta, "kl")
+        regularisers.append(("kl", kl_estimate(logp, rows.ref_logp.masked_fill(dead, 0), options.kl), options.beta))
     if entropy is not None:
-        loss = loss + regulariser(entropy, -options.entropy_coef, "entropy")
+        regularisers.append(("entropy", entropy, -options.entropy_coef))
     if self_certainty is not None:
-        loss = loss + regulariser(self_certainty, -options.self_certainty_coef, "self_certainty")
-    return loss, metrics
+        regularisers.append(("self_certainty", self_certainty, -options.self_certainty_coef))
+    for name, values, coefficient in regularisers:
+        means[name] = values
+        if coefficient:
+            loss = loss + coefficient * (values.masked_fill(dead, 0) * rows.regulariser_weight).sum()
+    return loss, _metrics(logp, terms, means, policy_loss, rows, dead)
 
 
 @torch.no_grad()
-def _metrics(logp: Tensor, terms: Terms, weight: Tensor | None, policy_loss: Tensor, rows: LossRows) -> dict[str, Tensor]:
-    """0-d tensors on the device. Means are over live tokens: weight them with `live_tokens` to add up micro-batches."""
-    live, dtype = rows.live, logp.dtype
-    live_tokens = live.sum().to(dtype)
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(live, values.to(dtype), 0).sum() * _reciprocal(live_tokens)
-
-    def largest(values: Tensor) -> Tensor:
-        return torch.cat([torch.where(live, values, 0), values.new_zeros(1)]).amax()
-
-    metrics = {
-        "policy_loss": policy_loss.detach().clone(),
-        "tokens": rows.mask.sum().to(dtype),
-        "live_tokens": live_tokens,
-        "ratio_mean": mean(terms.ratio),
-        "ratio_max": largest(terms.ratio),
-        "clip_frac_low": mean(terms.clipped_low),
-        "clip_frac_high": mean(terms.clipped_high),
-    }
+def _metrics(logp: Tensor, terms: Terms, means: dict[str, Tensor], policy_loss: Tensor, rows: LossRows, dead: Tensor) -> dict[str, Tensor]:
+    """0-d tensors on the device. Means are over live tokens: weight them with `live_tokens` to add up micro-batches. They are taken
+    together: a handful of kernels instead of some for each."""
+    dtype = logp.dtype
+    sums = torch.stack([values.detach().to(dtype) for values in (rows.live, *means.values())]).masked_fill(dead, 0).sum(1)
+    live_tokens, *averages = (*sums[:1], *(sums[1:] * _reciprocal(sums[0])))
+    largest = {"ratio_max": terms.ratio}
+    if rows.rollout_logp is not None:
+        largest["rollout_gap_max"] = (logp - rows.rollout_logp).abs()
+    stacked = torch.stack(list(largest.values())).masked_fill(dead, 0)
+    highest = stacked.amax(1) if len(dead) else stacked.sum(1)
+    metrics = {"policy_loss": policy_loss.detach().clone(), "tokens": rows.mask.sum().to(dtype), "live_tokens": live_tokens}
+    metrics |= zip(means, averages, strict=True)
+    metrics |= zip(largest, highest, strict=True)
     if rows.lengths is not None:
         metrics["sequences"] = (rows.lengths > 0).sum().to(dtype)
-    if rows.rollout_logp is not None:
-        metrics["rollout_gap_max"] = largest((logp - rows.rollout_logp).abs())
-    if weight is not None:
-        metrics["rollout_weight_mean"] = mean(weight)
     return metrics
