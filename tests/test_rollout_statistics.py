@@ -13,7 +13,7 @@ from urlvr_fast.trainer.rollout.vllm import VLLMRollout
 STOPS = [2, *range(20, 30)]  # many, so that completions end at different times
 STATISTICS = frozenset({"entropy", "self_certainty", "prob_gap"})
 SHORT = [[1, 50], [1, 20, 30, 40, 50, 60], [1, 7, 8]]
-LONG = [[1, 10 + i, *range(10, 90), *range(10, 45)] for i in range(8)]  # 117 tokens, different from the second on: no shared blocks
+LONG = [[1, 10 + i, *range(10, 90), *range(10, 55)] for i in range(8)]  # 127 tokens, different from the second on: nothing shared
 
 
 def load(path):
@@ -61,7 +61,7 @@ def core(rollout):
 
 @pytest.fixture(scope="module")
 def vllm(tiny_model_dir):
-    """Eight rows at most, and a KV cache of 10 blocks of 128 tokens: eight sequences that grow beyond 128 tokens do not fit."""
+    """Eight rows at most, and a KV cache of 10 blocks of 128 tokens: eight of LONG fit for two tokens, and then do not."""
     rollout = vllm_engine(tiny_model_dir, max_sequences=8, kv_cache_gib=10 * 2**16 / 2**30, statistics=True)
     yield rollout, load(tiny_model_dir)
     rollout.close()
@@ -128,7 +128,7 @@ def test_rows_move_down_and_swap(vllm, events, monkeypatch):
 
 def test_a_preempted_request_goes_on_where_it_was(vllm, events):
     rollout, model = vllm
-    completions = rollout.generate(LONG, Sampling(1, 1.0, 40, statistics=STATISTICS), seed=2)
+    completions = rollout.generate(LONG, Sampling(2, 1.0, 12, statistics=STATISTICS), seed=2)
     assert events["resumed"] > 0
     assert largest_gap(model, LONG, completions, 1.0) < 1e-4
 

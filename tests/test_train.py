@@ -327,6 +327,11 @@ def nan(batch, policy):
     rewards[5] = float("nan")
     return rewards
 
+def of_statistics(batch, policy):
+    return batch.sequence_mean(batch.self_certainty + 3 * batch.prob_gap - batch.entropy)
+
+of_statistics.needs = {"entropy", "self_certainty", "prob_gap"}
+
 def asks_the_policy(batch, policy):
     logp = policy.score(batch, ("logp",))["logp"]
     assert (logp - batch.sampled_logp).abs().max() < 1e-4
@@ -408,9 +413,11 @@ def test_a_certainty_step_is_one_forward_and_one_backward(tmp_path, passes, engi
 
 
 def test_statistics_taken_while_sampling_train_what_recomputed_ones_do(tmp_path, passes):
+    path = tmp_path / "mine.py"
+    path.write_text(REWARDS)
     trained = {}
     for stats in ("sampling", "recompute"):
-        _, run_dir = run(tmp_path, "reward=token_entropy", f"rollout.stats={stats}", name=stats)
+        _, run_dir = run(tmp_path, f"reward={path}:of_statistics", f"rollout.stats={stats}", name=stats)
         trained[stats] = read_jsonl(run_dir / "metrics.jsonl")[1:]
     assert passes[-9:] == ["score", "forward", "backward"] * 3
     assert not any("stats_gap_max" in line for line in trained["recompute"])
