@@ -518,6 +518,23 @@ def test_statistics_compile_without_a_graph_break():
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("options", [{}, {"old": True, "beta": 0.1, "kl": "k2", "entropy_coef": 0.01}])
+def test_loss_compiles_without_a_graph_break(options):
+    hidden, weight, ids, g = problem(dtype=torch.float32)
+    advantages, old, ref = (torch.randn(N, generator=g) for _ in range(3))
+    options = dict(options)
+    tensors = {"old_logp": old - 3, "ref_logp": ref - 3} if options.pop("old", False) else {}
+
+    def loss(hidden, weight, ids, advantages, tensors):
+        call = {"advantages": advantages, "chunk_bytes": budget(5, torch.float32), **tensors, **options}
+        return linear_policy_loss(hidden, weight, ids, **call)[0]
+
+    expected = loss(hidden, weight, ids, advantages, tensors)
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight, ids, advantages, tensors)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, [hidden, weight]), torch.autograd.grad(expected, [hidden, weight]))
+
+
 @pytest.mark.parametrize("op", [linear_token_stats, linear_policy_loss])
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),

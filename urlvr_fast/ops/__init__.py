@@ -17,8 +17,9 @@ Conventions, once for all of them:
   their group, NaN. On the CPU they raise. Exceptions, in the torch backend: `group_advantages`, and `shard_group`, which learns the
   sizes of the shards.
 * torch.compile(fullgraph=True) takes token_stats, linear_token_stats, group_advantages, policy_loss and, where one kernel makes the
-  gradient (losses with one term a token, any backend but torch), policy_loss_from_logits. linear_policy_loss, and losses that join the
-  tokens of a sequence, differentiate small vectors in the forward, which breaks the graph.
+  gradient (losses with one term a token, any backend but torch), policy_loss_from_logits and linear_policy_loss. Losses that join the
+  tokens of a sequence differentiate small vectors in the forward, which breaks the graph; so does linear_policy_loss's self-certainty
+  or bias term.
 * `shard_group`: columns are this rank's slice of the vocabulary, in rank order; ids are global; every rank calls alike.
 * `backend`: see `backend.py`. A backend that cannot be had raises.
 
