@@ -23,22 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benches import table
+from benches import linear_table
 from benches.data import DTYPES, available_memory
+from benches.linear_table import HALF, NO_GRAD, OURS, PRODUCT, PRODUCTS
 from benches.machine import commit, describe, slug
 from benches.measure import Case, Limits, Stopwatch, interleave
 from benches.memory import Allocated
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = {"cpu": (1024, 1024, 50257), "cuda": (8192, 4096, 151936)}
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 3 << 30}
-OURS, PRODUCTS, PRODUCT = "linear_policy_loss", "three products", "one product"
-NO_GRAD, HALF = "linear_token_stats, no grad", "linear_policy_loss, half dead"
-# (measure, what it is divided by, at most)
-TARGETS = {
-    "cpu": ((OURS, PRODUCTS, 1.2), (HALF, OURS, 0.6)),
-    "cuda": ((OURS, PRODUCTS, 1.10), (HALF, OURS, 0.55), (NO_GRAD, PRODUCT, 1.15)),
-}
 MEMORY_ROWS, MEMORY_WIDTH, MEMORY_CHUNK = (1024, 2048, 4096, 8192, 16384, 32768), 128, 64 << 20
 EAGER_COPIES = 4  # of the fp32 logits that eager holds at its worst, for the decision what fits
 
@@ -214,78 +207,6 @@ def _held(problem: Problem, run: Callable[[Problem], Tensor], device: torch.devi
     return allocated.value
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------------------------
-
-
-def _ms(result: dict) -> dict[tuple[str, str], float]:
-    return {(t["measure"], t["provider"]): table.summary(t["samples_ms"])[0] for t in result["times"] if t["samples_ms"]}
-
-
-def floor(result: dict, measure: str) -> float:
-    """The bare products in the faster of the two dtypes, or another measure of ours as it stands."""
-    medians = _ms(result)
-    return min(ms for (name, _), ms in medians.items() if name.split(", fp32")[0].split(", bf16")[0] == measure)
-
-
-def rows(result: dict) -> list[list[str]]:
-    out = [["measure", "who", "ms", "of the products", "target: now"]]
-    medians = _ms(result)
-    targets = {measure: (of, reach) for measure, of, reach in TARGETS[result["kind"]]}
-    for (measure, who), ms in medians.items():
-        kind, dtype = measure.rsplit(", ", 1)
-        base = floor(result, PRODUCT if kind in (PRODUCT, NO_GRAD) else PRODUCTS)
-        cell = "–"
-        if kind in targets:
-            of, reach = targets[kind]
-            by = medians[f"{OURS}, {dtype}", who] if of == OURS else floor(result, of)
-            cell = f"≤ {reach:g}× {'full' if of == OURS else of}: {ms / by:.2f} {'met' if ms / by <= reach else 'NOT met'}"
-        spread = table.summary(next(t["samples_ms"] for t in result["times"] if (t["measure"], t["provider"]) == (measure, who)))[1]
-        out.append([measure, who or "library", f"{ms:.4g} ± {spread:.0%}", f"{ms / base:.2f}×", cell])
-    return out
-
-
-def memory_rows(result: dict) -> list[list[str]]:
-    counts = list(dict.fromkeys(entry["rows"] for entry in result["memory"]))
-    out = [["MiB beyond dX and dW", *(f"N = {n}" for n in counts)]]
-    for name in ("urlvr_fast", "torch eager"):
-        for dtype in ("fp32", "bf16"):
-            found = {e["rows"]: e for e in result["memory"] if (e["provider"], e["dtype"]) == (name, dtype)}
-            cells = [f"{found[n]['extra_bytes'] / 2**20:.0f}" if "extra_bytes" in found[n] else found[n]["absent"] for n in counts]
-            out.append([f"{name}, {dtype}", *cells])
-    return out
-
-
-def _notes(result: dict) -> list[str]:
-    n, h, v = result["shape"]
-    ours = [e for e in result["memory"] if e["provider"] == "urlvr_fast"]
-    most, limit = max(e["extra_bytes"] for e in ours), ours[0]["chunk_bytes"]
-    return [
-        f"(N, H, V) = ({n}, {h}, {v}), chunk_bytes = {result['chunk_bytes'] >> 20} MiB; medians ± half the distance of the quartiles. "
-        "The products are those of the faster dtype, their outputs preallocated.",
-        f"Memory at H = {result['memory_width']}, chunk_bytes = {limit >> 20} MiB: ours at most {most / 2**20:.1f} MiB "
-        f"({'met' if most <= limit else 'NOT met'}).",
-        f"{table._machine(result)}; {result['time'][:10]}.",
-        *(f"{t['provider']}, {t['measure']}: {t['absent']}." for t in result["times"] if t["absent"]),
-    ]
-
-
-def text(result: dict) -> str:
-    drawn = []
-    for part in (rows(result), memory_rows(result)):
-        widths = [max(len(row[i]) for row in part) for i in range(len(part[0]))]
-        drawn += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in part] + [""]
-    return "\n".join([*drawn, *_notes(result)])
-
-
-def markdown(result: dict) -> str:
-    drawn = []
-    for part in (rows(result), memory_rows(result)):
-        body = ["| " + " | ".join(row) + " |" for row in part]
-        body.insert(1, "|" + "---|" * len(part[0]))
-        drawn += [*body, ""]
-    return "\n".join([*drawn, *(f"* {note}" for note in _notes(result))])
-
-
 def run(
     shape: tuple[int, int, int], device: torch.device, limits: Limits, chunk_bytes: int, memory_of: tuple[Sequence[int], int, int, int]
 ) -> dict:
@@ -320,10 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = (256, 32, 501) if options.quick else SHAPES[device.type]
     memory_of = ((256, 512), 16, 501, 1 << 20) if options.quick else (MEMORY_ROWS, MEMORY_WIDTH, shape[2], MEMORY_CHUNK)
     result = run(shape, device, Limits(options.rounds, options.seconds), CHUNK_BYTES[device.type], memory_of)
-    print(text(result))
+    print(linear_table.text(result))
     path = options.out
     if path is None and not options.quick:
-        path = RESULTS / f"linear-{slug(device)}-{result['time'][:10]}-{commit() or 'unknown'}.json"
+        path = linear_table.RESULTS / f"{linear_table.LINEAR}{slug(device)}-{result['time'][:10]}-{commit() or 'unknown'}.json"
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result) + "\n")

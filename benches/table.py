@@ -3,7 +3,8 @@
     python benches/table.py           write the newest results into README.md, between the markers of each table
     python benches/table.py --check   fail where README.md says something else
 
-The first table is of the ops, the newest result of each kind of device; the second, of a training step, is `benches/grpo_step/table.py`.
+The first table is of the ops on logits, the newest result of each kind of device; those of the linear ops and of a training step are
+`benches/linear_table.py` and `benches/grpo_step/table.py`.
 
 Everything is computed here, from the raw samples in the JSON; no number of the README is typed by hand.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benches" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-STEP = "grpo-step-"  # what the files of the other table begin with
+STEP, LINEAR = "grpo-step-", "linear-"  # what the files of the other tables begin with
 OWN, OWN_TORCH, ALONE = "urlvr_fast ", "urlvr_fast torch", ", one thread"
 PRODUCT = "a product of 256 × 256"  # what tells whether two threads have a core each
 SHORT = {"self_certainty": "SC", "gradient": "grad"}
@@ -221,7 +222,7 @@ def _absences(result: dict) -> Iterator[str]:
         yield f"{_full(skipped['scenario'])}: {skipped['reason']}"
 
 
-def _machine(result: dict) -> str:
+def machine(result: dict) -> str:
     machine = result["machine"]
     extra = machine.get("instructions") or machine.get("capability")
     return f"{machine['device']}, {extra}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}"
@@ -258,7 +259,7 @@ def text(result: dict) -> str:
     drawn = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     drawn.insert(1, "  ".join("-" * width for width in widths))
     notes = [
-        _machine(result),
+        machine(result),
         _versions(result),
         "GB/s (2 · bytes / time):",
         *(f"  {rate}" for rate in _copies(result)),
@@ -290,7 +291,7 @@ def markdown(result: dict) -> str:
     drawn.insert(1, "|" + "---|" * len(table[0]))
     notes = ["Milliseconds: median ± half of the distance between the quartiles. SC: self-certainty. of copy: of the bandwidth of `copy_`."]
     notes += [
-        f"{_machine(result)}; {_versions(result)}; {result['time'][:10]}.",
+        f"{machine(result)}; {_versions(result)}; {result['time'][:10]}.",
         *(f"{entry}." for entry in [*_cores(result), *_memory(result)]),
     ]
     absent = [f"{p['name']} ({p['absent']})" for p in result["providers"] if p["absent"]]
@@ -300,7 +301,7 @@ def markdown(result: dict) -> str:
 
 def newest(folder: Path = RESULTS) -> list[dict]:
     """The newest result of each kind of device."""
-    of_ops = [path for path in folder.glob("*.json") if not path.name.startswith(STEP)]
+    of_ops = [path for path in folder.glob("*.json") if not path.name.startswith((STEP, LINEAR))]
     results = sorted((json.loads(path.read_text()) for path in of_ops), key=lambda result: result["time"])
     return [by_kind for _, by_kind in sorted({result["kind"]: result for result in results}.items())]
 
@@ -318,10 +319,12 @@ def inserted(readme: str, content: str, begin: str = BEGIN, end: str = END) -> s
 
 
 def main(arguments: list[str], readme: Path = ROOT / "README.md", results: Path = RESULTS) -> int:
-    from benches.grpo_step import table as step  # it takes its arithmetic from here
+    from benches import linear_table as linear  # they take their arithmetic from here
+    from benches.grpo_step import table as step
 
     before = readme.read_text()
     after = inserted(before, block(newest(results)))
+    after = inserted(after, linear.block(results), linear.BEGIN, linear.END)
     after = inserted(after, step.block(results), step.BEGIN, step.END)
     if "--check" in arguments:
         if before != after:

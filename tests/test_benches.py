@@ -13,7 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benches import __main__ as bench
-from benches import memory, policy_loss_from_logits, table, token_stats
+from benches import linear_table, memory, policy_loss_from_logits, table, token_stats
 from benches.data import STATISTICS, Rows, Scenario
 from benches.grpo_step import table as steps
 from benches.measure import Case, Limits, Stopwatch, interleave
@@ -145,7 +145,7 @@ def test_the_table_marks_targets(result: dict) -> None:
 def test_the_readme_follows_the_newest_result(result: dict, tmp_path: Path) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
     results.mkdir()
-    readme.write_text(f"before\n{table.BEGIN}\n{table.END}\n{steps.BEGIN}\n{steps.END}\nafter\n")
+    readme.write_text(f"before\n{table.BEGIN}\n{table.END}\n{linear_table.BEGIN}\n{linear_table.END}\n{steps.BEGIN}\n{steps.END}\nafter\n")
     assert table.main(["--check"], readme, results) == 1
     assert table.main([], readme, results) == 0
     assert "No results yet" in readme.read_text()
