@@ -133,9 +133,9 @@ def _in_their_dtype(logits: Tensor, out: Tensor, backend: str) -> Tensor:
 
 
 def _backward_out(logits: Tensor, *arguments: Any) -> Tensor:
-    *arguments, out = arguments
-    written = _in_their_dtype(logits, out, arguments[-5])
-    bias_grad = _gradient(logits, written, tuple(arguments))
+    *rest, out = arguments
+    written = _in_their_dtype(logits, out, rest[-5])
+    bias_grad = _gradient(logits, written, tuple(rest))
     if written is not out:
         out.copy_(written)
     return bias_grad
@@ -168,9 +168,9 @@ def _policy_gradient_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _policy_gradient_out(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *arguments, out = arguments
-    written = _in_their_dtype(logits, out, arguments[-8])
-    result = _policy(logits, written, tuple(arguments))
+    *rest, out = arguments
+    written = _in_their_dtype(logits, out, rest[-8])
+    result = _policy(logits, written, tuple(rest))
     if written is not out:
         out.copy_(written)
     return result
