@@ -6,9 +6,9 @@ What was left out of GRPO, and why:
     is absent, which makes every ratio 1);
   * no importance weights against the engine by default: the log-prob gap between engine and trainer is measured every step instead,
     and the run stops when it is more than rounding;
-  * no value model, no replay, no asynchronous rollouts.
   * no forward of the old policy: what certainty rewards need is taken while the engine samples (`rollout.stats`), so a step is one
-    forward and one backward.
+    forward and one backward (but for the first, which checks it);
+  * no value model, no replay, no asynchronous rollouts.
 What stays: N rollouts a prompt, advantages normalised within the group, a token-level loss over the whole batch, AdamW, gradients
 clipped at 1.
 
