@@ -188,7 +188,7 @@ def test_chunks_and_micro_batches_agree(case, rows, cut, dtype):
     by_weight: list[torch.Tensor] = []
     whole = run([(0, ragged.b)], 1 << 28)
     by_weight = []
-    split = run(parts, head.VECTOR_BYTES * ragged.n + head.SLAB_ELEMENTS * 4 + rows * (V + 2 * H) * 4)
+    split = run(parts, head.VECTOR_BYTES * ragged.n + V * H * 4 + rows * (V + 2 * H) * 4)
     for a, b in zip(split, whole, strict=True):
         bound = (1e-5 if dtype == torch.float32 else 5e-3) * b.float().norm() + 1e-12
         assert (a.float() - b.float()).norm() <= bound

@@ -100,8 +100,9 @@ def run_scenario(scenario: Scenario, folder: Path, threads: int, rounds: int | N
         for name, what in turns:  # whatever is made at the first call is made
             workers[name].ask(what)
         samples: dict[str, list[dict[str, float]]] = {table.key(name, what): [] for name, what in turns}
-        order = random.Random(0)
-        for _ in range(rounds or scenario.rounds):
+        order, count = random.Random(0), rounds or scenario.rounds
+        for number in range(1, count + 1):
+            print(f"{scenario.name}: round {number} of {count}", file=sys.stderr, flush=True)
             for name, what in order.sample(turns, len(turns)):
                 samples[table.key(name, what)].append(workers[name].ask(what))
         memory = {name: _memory(workers[name]) for name in sides}
@@ -162,7 +163,6 @@ def run(scenarios: Sequence[Scenario], threads: int, rounds: int | None, trl_vll
             (folder / "vllm").mkdir()
             no_vllm = why_not_vllm(of_shape(Shape(layers=1), folder / "vllm"), folder / "vllm", threads)
         for scenario in scenarios:
-            print(f"{scenario.name} …", file=sys.stderr, flush=True)
             found.append(run_scenario(scenario, folder / scenario.name, threads, rounds, trl_absent, no_vllm))
     return {
         "machine": describe(CPU) | {"threads": threads},

@@ -51,7 +51,7 @@ class Worker:
     def stop(self) -> None:
         """End it, whatever it is doing."""
         self._pipe.close()
-        self._process.join(timeout=2)
+        self._process.join(timeout=10)
         self._process.kill()
         self._process.join()
 
@@ -75,8 +75,8 @@ def _run(log: Path, main: Callable[..., None], pipe: Connection, *arguments: Any
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # nothing is downloaded
     try:
         main(pipe, *arguments)
-    except (EOFError, BrokenPipeError):  # the parent is gone or has had enough
-        os._exit(0)
+    except (EOFError, BrokenPipeError):
+        pass  # the parent has had enough
     except Exception as error:  # noqa: BLE001 (the parent raises it)
         traceback.print_exc()
         pipe.send({"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"})

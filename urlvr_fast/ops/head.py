@@ -17,8 +17,8 @@ from urlvr_fast.ops.reference import accumulation_dtype
 from urlvr_fast.ops.row_ops import Upstream, gradient, ops, statistics
 from urlvr_fast.ops.spec import RowSpec, readable
 
-SLAB_ELEMENTS = 1 << 21  # of the weight, upcast at a time: 8 MiB, which stays in the cache until the product reads it
 CHUNK_BYTES = 256 << 20
+SLAB_SHARE = 8  # an eighth of chunk_bytes holds the part of the weight that is upcast at a time: products of narrow slabs are slow
 VECTOR_BYTES = 128  # of vectors a row in a call: statistics, loss rows, what metrics need
 NARROW = ("cuda",)  # devices that multiply 16-bit operands into fp32 results
 
@@ -36,7 +36,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 class Head:
     """weight: (columns, H). product_dtype: what its operands count in (autocast's dtype under autocast)."""
 
-    def __init__(self, weight: Tensor, product_dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, product_dtype: torch.dtype, slab_bytes: int) -> None:
         self.weight, self.product_dtype = weight, product_dtype
         self.dtype = accumulation_dtype(product_dtype)
         self.narrow = product_dtype != self.dtype and weight.device.type in NARROW
@@ -44,14 +44,11 @@ class Head:
         as_it_is = self.narrow or weight.dtype == self.dtype == product_dtype  # narrow under autocast: a copy that torch would make too
         self._ready = weight.to(product_dtype) if as_it_is else None
         self._slab: Tensor | None = None
+        self._slab_rows = min(len(weight), max(1, slab_bytes // max(1, weight.shape[1] * self.dtype.itemsize)))
 
     def operand(self, hidden: Tensor) -> Tensor:
         """Rows of hidden states as the products take them."""
         return hidden.to(self.product_dtype).to(self.operand_dtype)
-
-    @property
-    def _slab_rows(self) -> int:
-        return min(len(self.weight), max(1, SLAB_ELEMENTS // max(1, self.weight.shape[1])))
 
     @property
     def fixed_bytes(self) -> int:
@@ -108,7 +105,7 @@ class HeadRows:
         index: Tensor | None = None,  # (n,) int64: which of the N rows these are; None means all, in order
     ) -> None:
         self.hidden, self.spec, self.index = hidden.detach(), spec, index
-        self.head = Head(weight.detach()[:columns], product_dtype)
+        self.head = Head(weight.detach()[:columns], product_dtype, chunk_bytes // SLAB_SHARE)
         self.bias = None if bias is None else bias.detach()[:columns].to(self.head.dtype)
         self.count = len(hidden) if index is None else len(index)
         self.step = self._rows_of_a_chunk(chunk_bytes)
