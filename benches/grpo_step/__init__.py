@@ -4,8 +4,10 @@
 
 Conventions, the same for both sides:
 
-* Three processes are loaded once and then take turns, one at work at any time, each round in a random order of its own: ours (which runs
+* Processes are loaded once and then take turns, one at work at any time, each round in a random order of its own: ours (which runs
   `urlvr_fast.trainer.loop.train`), TRL (which runs `GRPOTrainer.train`) and the floor. Medians of the rounds are compared.
+* TRL takes part twice: with an allocator that keeps its pages, which is its best and what targets are held against, and with glibc's
+  defaults, which is how ours and the floor run. `benches/grpo_step/trl.py` says what else was set for it.
 * The same random model in fp32, the same prompts in every step, the same group size, lengths, number of threads, loss (dapo, one update a
   batch, no KL), AdamW, clipping at norm 1, and a reward that costs nothing. TRL makes one micro-batch and writes no log.
 * Before anything is timed, both turn the same rollouts into the gradient of the same weights; unless the two agree, nothing is reported.

@@ -29,7 +29,7 @@ from benches.machine import ROOT, commit, describe, slug
 from urlvr_fast.trainer.rollout.vllm import vllm_version
 
 CPU = torch.device("cpu")
-OURS, TRL = table.OURS, table.TRL
+OURS, TRL, UNTUNED = table.OURS, table.TRL, table.UNTUNED
 AGREE = 1e-3  # the largest ‖Δ‖/‖g‖ between the two gradients
 
 
@@ -90,12 +90,14 @@ def run_scenario(scenario: Scenario, folder: Path, threads: int, rounds: int | N
     workers = {OURS: Worker(OURS, folder / "ours.log", ours.main, material, folder / "ours", threads, engine)}
     workers[FLOOR] = Worker(FLOOR, folder / "floor.log", floor.main, material, threads)
     if not trl_absent:
-        workers[TRL] = Worker(TRL, folder / "trl.log", trl.main, material, folder / "trl", threads, not no_vllm)
+        for name, environment in ((TRL, trl.KEEP_PAGES), (UNTUNED, None)):
+            arguments = (material, folder / name, threads, not no_vllm)
+            workers[name] = Worker(name, folder / f"{name}.log", trl.main, *arguments, environment=environment)
     try:
         about = {name: one.about() for name, one in workers.items()}
         sides = [name for name in workers if name != FLOOR]
         gradients = {name: Path(workers[name].ask(GRADIENT)["path"]) for name in sides}
-        agreement = None if trl_absent else gradient_difference(gradients[OURS], gradients[TRL])
+        agreement = max((gradient_difference(gradients[OURS], gradients[name]) for name in sides[1:]), default=None)
         turns = [(FLOOR, FLOOR), *((name, what) for name in sides for what in (LEARN, STEP))]
         for name, what in turns:  # whatever is made at the first call is made
             workers[name].ask(what)
@@ -105,7 +107,7 @@ def run_scenario(scenario: Scenario, folder: Path, threads: int, rounds: int | N
             print(f"{scenario.name}: round {number} of {count}", file=sys.stderr, flush=True)
             for name, what in order.sample(turns, len(turns)):
                 samples[table.key(name, what)].append(workers[name].ask(what))
-        memory = {name: _memory(workers[name]) for name in sides}
+        memory = {name: _memory(workers[name]) for name in sides if name != TRL}  # that one keeps all it ever had
     finally:
         for one in workers.values():
             one.stop()

@@ -2,7 +2,11 @@
 
 Settings that cost TRL nothing it could do without: one micro-batch a step (`steps_per_generation` and `num_iterations` 1, so it makes no
 old log-probs), fused AdamW, no gradient checkpointing, no 16 bit (slower than fp32 on CPUs without AMX), no log, no workers in the data
-loader, no importance correction against the engine. It takes no Liger kernels: they need Triton.
+loader, no importance correction against the engine. It takes no Liger kernels: they need Triton. Several smaller micro-batches were tried
+and are not faster, nor is a static cache.
+
+TRL takes and gives back gigabytes in a step, and with glibc's defaults every one of these pages is fetched and cleared anew. Who tunes
+PyTorch on CPUs has another allocator or `KEEP_PAGES`, which halves TRL's step; it takes part with and without.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import torch
 
 from benches.grpo_step import worker
 from benches.grpo_step.material import LEARNING_RATE, Material, reward
+
+KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
 
 
 def settings(material: Material, folder: Path, vllm: bool) -> dict[str, Any]:

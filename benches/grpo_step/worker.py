@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,21 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    def __init__(self, name: str, log: Path, main: Callable[..., None], *arguments: Any) -> None:
+    def __init__(
+        self, name: str, log: Path, main: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """environment: variables that must stand before the process starts."""
         context = multiprocessing.get_context("spawn")
         self.name, self._log = name, log
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(log, main, theirs, *arguments), name=name, daemon=True)
-        self._process.start()
+        before = dict(os.environ)
+        os.environ |= environment or {}
+        try:
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ |= before
         theirs.close()
 
     def about(self) -> dict[str, Any]:
