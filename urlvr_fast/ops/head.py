@@ -1,8 +1,9 @@
-"""The products of an lm_head with rows of hidden states: fp32 logits out, gradients accumulated in fp32, whatever the inputs are.
+"""An lm_head and rows of hidden states: fp32 logits out, gradients accumulated in fp32, whatever the inputs are.
 
-On CUDA 16-bit operands go into the products as they are, with fp32 results; the gradient of the logits is rounded to 16 bits for its two
-products. Elsewhere such products do not exist or are slower than fp32 ones, so 16-bit operands, exact numbers in fp32, are upcast: the
-weight a slab of vocabulary at a time, so that the extra memory is a slab. Either way log-probs are as accurate as those of an fp32 head.
+Logits come from the operands as they are, with fp32 results, or where the device has no such product from operands that are upcast: 16-bit
+numbers are exact in fp32. The weight is upcast a slab of vocabulary at a time, so that the extra memory is a slab. Either way log-probs are
+as accurate as those of an fp32 head. Where 16-bit products are faster the gradient of the logits is rounded to 16 bits for its two
+(`products.py`).
 """
 
 from __future__ import annotations
@@ -12,25 +13,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from urlvr_fast.ops import products
 from urlvr_fast.ops.layout import Stat
 from urlvr_fast.ops.reference import accumulation_dtype
 from urlvr_fast.ops.row_ops import Upstream, gradient, ops, statistics
 from urlvr_fast.ops.spec import RowSpec, readable
 
 CHUNK_BYTES = 256 << 20
-SLAB_SHARE = 8  # an eighth of chunk_bytes holds the part of the weight that is upcast at a time: products of narrow slabs are slow
+SLAB_SHARE = 8  # an eighth of chunk_bytes holds the part of the weight that is upcast at a time
 VECTOR_BYTES = 128  # of vectors a row in a call: statistics, loss rows, what metrics need
-NARROW = ("cuda",)  # devices that multiply 16-bit operands into fp32 results
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """a · b into `out`, or added to it. 16-bit operands with an fp32 `out` are for devices in `NARROW`."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    elif add:
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
-    else:
-        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
 class Head:
@@ -39,29 +30,38 @@ class Head:
     def __init__(self, weight: Tensor, product_dtype: torch.dtype, slab_bytes: int) -> None:
         self.weight, self.product_dtype = weight, product_dtype
         self.dtype = accumulation_dtype(product_dtype)
-        self.narrow = product_dtype != self.dtype and weight.device.type in NARROW
+        self.narrow = products.narrow(weight.device, product_dtype)
         self.operand_dtype = product_dtype if self.narrow else self.dtype
-        as_it_is = self.narrow or weight.dtype == self.dtype == product_dtype  # narrow under autocast: a copy that torch would make too
-        self._ready = weight.to(product_dtype) if as_it_is else None
+        # Under autocast a copy, which torch would make too.
+        self._narrow_weight = weight.to(product_dtype) if self.narrow else None
+        self._wide = self.narrow and products.wide(weight.device)
+        self._whole = weight.dtype == self.dtype == product_dtype  # fp32 or fp64 throughout: nothing to upcast
         self._slab: Tensor | None = None
-        self._slab_rows = min(len(weight), max(1, slab_bytes // max(1, weight.shape[1] * self.dtype.itemsize)))
+        self._slab_limit = max(1, slab_bytes // max(1, weight.shape[1] * self.dtype.itemsize))
+        self._slab_rows = min(len(weight), self._slab_limit)
+        self.fills = not (self._whole and products.onednn(weight.device, self.dtype))  # whether `logits` can use given memory
 
     def operand(self, hidden: Tensor) -> Tensor:
         """Rows of hidden states as the products take them."""
         return hidden.to(self.product_dtype).to(self.operand_dtype)
 
-    @property
-    def fixed_bytes(self) -> int:
-        """Memory that products need at any number of rows."""
-        return 0 if self._ready is not None else self._slab_rows * self.weight.shape[1] * self.dtype.itemsize
+    def bytes_needed(self, columns: int) -> tuple[int, int]:
+        """Memory of products with so many columns: at any number of rows, and for each row that is in the head (its logits, what is made
+        of them, its hidden state)."""
+        width, wide, narrow = self.weight.shape[1], self.dtype.itemsize, self.product_dtype.itemsize
+        slab = 0 if self._wide or self._whole else min(columns, self._slab_limit)
+        if not self.narrow:
+            return slab * width * wide, (columns + slab + 2 * width) * wide
+        # With slabs: the upcast weight; the gradient in 16 bits, of a slab transposed, with its part of dW in 16 bits and in fp32.
+        return slab * width * (2 * wide + narrow), columns * (wide + narrow) + slab * narrow + 2 * width * wide
 
     def release(self) -> None:
         """Give back what only products need: there will be no more."""
-        self._ready = self._slab = None
+        self._narrow_weight = self._slab = None
 
     def _slabs(self) -> Iterator[tuple[int, int, Tensor]]:
-        if self._ready is not None:
-            yield 0, len(self.weight), self._ready
+        if self._whole:
+            yield 0, len(self.weight), self.weight
             return
         if self._slab is None:
             self._slab = self.weight.new_empty(self._slab_rows, self.weight.shape[1], dtype=self.dtype)
@@ -70,20 +70,38 @@ class Head:
             yield a, a + len(part), self._slab[: len(part)].copy_(part)
 
     def logits(self, operand: Tensor, out: Tensor | None = None) -> Tensor:
-        """(n, H) -> (n, columns), into `out` where it is given."""
+        """(n, H) -> (n, columns) in the accumulation dtype, in `out` where it `fills` that."""
+        if not self.fills:
+            return products.new_product(operand, self.weight.t())
         out = operand.new_empty(len(operand), len(self.weight), dtype=self.dtype) if out is None else out
+        if self._wide:
+            assert self._narrow_weight is not None
+            products.product(operand, self._narrow_weight.t(), out)
+            return out
+        operand = operand.to(self.dtype)
         for a, b, weight in self._slabs():
-            product(operand, weight.t(), out[:, a:b])
+            if products.onednn(out.device, out.dtype):
+                out[:, a:b] = products.new_product(operand, weight.t())
+            else:
+                products.product(operand, weight.t(), out[:, a:b])
         return out
 
     def hidden_gradient(self, d_logits: Tensor, out: Tensor) -> None:
         """(n, columns) -> `out` (n, H)."""
-        for a, b, weight in self._slabs():
-            product(d_logits[:, a:b], weight, out, add=a > 0)
+        if self._narrow_weight is not None:
+            products.product(d_logits, self._narrow_weight, out)
+        elif self._whole:
+            out.copy_(products.new_product(d_logits, self.weight))
+        else:
+            out.zero_()
+            for a, b, weight in self._slabs():
+                out.add_(products.new_product(d_logits[:, a:b], weight))
 
     def weight_gradient(self, d_logits: Tensor, operand: Tensor, out: Tensor, *, add: bool) -> None:
         """d_logitsᵀ · operand into `out` (columns, H), or added to it."""
-        product(d_logits.t(), operand, out, add=add)
+        step = self._slab_rows if self.narrow and not self._wide else max(1, len(self.weight))  # a slab of results before they are added
+        for a in range(0, len(self.weight), step):
+            products.product(d_logits[:, a : a + step].t(), operand, out[a : a + step], add=add)
 
     def weight_sum(self) -> Tensor:
         """(H,) sum over the vocabulary."""
@@ -116,11 +134,9 @@ class HeadRows:
 
     def _rows_of_a_chunk(self, chunk_bytes: int) -> int:
         """So that a chunk and everything else that is neither an input nor a gradient fit `chunk_bytes`; at least one row."""
-        head, width = self.head, self.hidden.shape[1]
-        widest = len(head.weight) if self.spec.shard is None else self.spec.shard.widest  # every rank cuts alike
-        logits = head.dtype.itemsize + (head.product_dtype.itemsize if head.narrow else 0)
-        row = widest * logits + width * (head.operand_dtype.itemsize + head.dtype.itemsize)
-        return max(1, (chunk_bytes - head.fixed_bytes - len(self.hidden) * VECTOR_BYTES) // row)
+        widest = len(self.head.weight) if self.spec.shard is None else self.spec.shard.widest  # every rank cuts alike
+        fixed, row = self.head.bytes_needed(widest)
+        return max(1, (chunk_bytes - fixed - len(self.hidden) * VECTOR_BYTES) // row)
 
     def chunks(self) -> list[slice]:
         return [slice(a, min(a + self.step, self.count)) for a in range(0, self.count, self.step)]
@@ -136,8 +152,8 @@ class HeadRows:
         return chosen if mask is None else chosen.masked_fill(~mask[:, None], 0)  # 0 · NaN of a masked row would reach dW
 
     def logits(self, operand: Tensor, *, reuse: bool = True) -> Tensor:
-        """(n, columns) fp32; with `reuse` in memory that the next call takes again: fresh pages cost more than a pass over them."""
-        if not reuse:
+        """(n, columns) fp32; with `reuse` in memory that the next call may take again: fresh pages cost more than a pass over them."""
+        if not reuse or not self.head.fills:
             return self.head.logits(operand)
         if self._tile is None:
             self._tile = operand.new_empty(min(self.step, self.count), len(self.head.weight), dtype=self.head.dtype)
@@ -185,13 +201,16 @@ class HeadRows:
         self.add_products(d_tile, operand, target, flat)
 
     def narrow_tile(self, tile: Tensor) -> Tensor | None:
-        """Memory for a gradient of the tile that its products take in 16 bits; None where they take it as it is."""
-        return torch.empty_like(tile, dtype=self.head.operand_dtype) if self.head.narrow else None
+        """Memory for the gradient of a tile where its products take it in 16 bits and the kernel can round; None: it comes in fp32."""
+        rounds = self.head.narrow and self.spec.backend in ("torch", "triton")
+        return torch.empty_like(tile, dtype=self.head.operand_dtype) if rounds else None
 
     def add_products(self, d_tile: Tensor, operand: Tensor, target: Tensor | slice, flat: Tensor | None = None) -> None:
         """dX and dW of a chunk from d loss / d logits, to which `flat` (n,) comes in every column."""
+        d_tile = d_tile.to(self.head.operand_dtype)
         if self.d_hidden is not None:
-            whole = isinstance(target, slice) and self.d_hidden.dtype == self.head.dtype
+            exact = flat is None and d_tile.dtype == self.d_hidden.dtype  # the product's own rounding is the only one
+            whole = isinstance(target, slice) and (exact or self.d_hidden.dtype == self.head.dtype)
             d_rows = self.d_hidden[target] if whole else operand.new_empty(operand.shape, dtype=self.head.dtype)
             self.head.hidden_gradient(d_tile, d_rows)
             if flat is not None:

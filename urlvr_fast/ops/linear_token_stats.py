@@ -46,6 +46,7 @@ class _LinearTokenStats(Function):
                 tile = rows.logits(rows.operand(chunk), reuse=save_bytes < 0)
                 stats[:, chunk] = rows.statistics(tile, chunk)
                 saved.append(tile if save_bytes >= 0 else None)
+                del tile  # before the next one is made
         ctx.save_for_backward(hidden, weight, bias, index, stats, *saved)
         ctx.op, ctx.single_use = "linear_token_stats", False
         ctx.spec, ctx.columns, ctx.product_dtype, ctx.chunk_bytes = spec, columns, product_dtype, chunk_bytes
@@ -69,6 +70,7 @@ class _LinearTokenStats(Function):
                 tile = rows.logits(operand) if kept is None else kept
                 part = {name: g[chunk] for name, g in given.items()}
                 rows.add_gradients(tile, operand, chunk, stats[:, chunk], part, keep_tile=kept is not None)
+                del tile
             rows.finish_gradients()
         if power is not None:
             rows.scale_gradients(power)

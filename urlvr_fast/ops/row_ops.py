@@ -127,18 +127,15 @@ def _backward_(logits: Tensor, *arguments: Any) -> Tensor:
     return bias_grad
 
 
-def _in_their_dtype(logits: Tensor, out: Tensor, backend: str) -> Tensor:
-    """Where a kernel writes: `out`, or memory to round from where `out` has a dtype that the kernel does not know."""
-    return out if out.dtype == logits.dtype or backend in ("torch", "triton") else _contiguous(logits)
+def _check_out(logits: Tensor, out: Tensor, backend: str) -> None:
+    if out.dtype != logits.dtype and backend not in ("torch", "triton"):
+        raise TypeError(f"backend {backend!r} writes a gradient in the logits' dtype, {logits.dtype}, not in {out.dtype}")
 
 
 def _backward_out(logits: Tensor, *arguments: Any) -> Tensor:
     *rest, out = arguments
-    written = _in_their_dtype(logits, out, rest[-5])
-    bias_grad = _gradient(logits, written, tuple(rest))
-    if written is not out:
-        out.copy_(written)
-    return bias_grad
+    _check_out(logits, out, rest[-5])
+    return _gradient(logits, out, tuple(rest))
 
 
 def _policy(logits: Tensor, out: Tensor | None, arguments: tuple) -> tuple[Tensor, Tensor]:
@@ -169,11 +166,8 @@ def _policy_gradient_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _policy_gradient_out(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *rest, out = arguments
-    written = _in_their_dtype(logits, out, rest[-8])
-    result = _policy(logits, written, tuple(rest))
-    if written is not out:
-        out.copy_(written)
-    return result
+    _check_out(logits, out, rest[-8])
+    return _policy(logits, out, tuple(rest))
 
 
 def _scale_rows_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None, backend: str) -> None:
