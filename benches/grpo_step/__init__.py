@@ -9,7 +9,7 @@ Conventions, the same for both sides:
 * TRL takes part twice: with an allocator that keeps its pages, which is its best and what targets are held against, and with glibc's
   defaults, which is how ours and the floor run. `benches/grpo_step/trl.py` says what else was set for it.
 * The same random model in fp32, the same prompts in every step, the same group size, lengths, number of threads, loss (dapo, one update a
-  batch, no KL), AdamW, clipping at norm 1, and a reward that costs nothing. TRL makes one micro-batch and writes no log.
+  batch, no KL), AdamW, clipping at norm 1, and a reward that costs nothing. TRL writes no log.
 * Before anything is timed, both turn the same rollouts into the gradient of the same weights; unless the two agree, nothing is reported.
 * `step` is everything from prompts to the next step's prompts: ours with its metrics, votes and log, TRL with its metrics.
 * `learn` is what turns rollouts and advantages into new weights. The rollouts are given, and preparing them is not timed on either side.
