@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     shape = (256, 32, 501) if options.quick else SHAPES[device.type]
-    memory_of = ((256, 512), 16, 501, 1 << 20) if options.quick else (MEMORY_ROWS, MEMORY_WIDTH, shape[2], MEMORY_CHUNK)
+    memory_of = ((2048, 4096), 16, 501, 2 << 20) if options.quick else (MEMORY_ROWS, MEMORY_WIDTH, shape[2], MEMORY_CHUNK)
     result = run(shape, device, Limits(options.rounds, options.seconds), CHUNK_BYTES[device.type], memory_of)
     print(linear_table.text(result))
     path = options.out

@@ -29,19 +29,20 @@ def floor(result: dict, measure: str) -> float:
 
 
 def rows(result: dict) -> list[list[str]]:
-    out = [["measure", "who", "ms", "of the products", "target: now"]]
+    out = [["measure", "who", "ms", "of the products", "of those of its dtype", "target: now"]]
     medians = _ms(result)
     targets = {measure: (of, reach) for measure, of, reach in TARGETS[result["kind"]]}
     for (measure, who), ms in medians.items():
         kind, dtype = measure.rsplit(", ", 1)
-        base = floor(result, PRODUCT if kind in (PRODUCT, NO_GRAD) else PRODUCTS)
+        same = PRODUCT if kind in (PRODUCT, NO_GRAD) else PRODUCTS
+        base, own = floor(result, same), medians[f"{same}, {dtype}", ""]
         cell = "–"
         if kind in targets:
             of, reach = targets[kind]
             by = medians[f"{OURS}, {dtype}", who] if of == OURS else floor(result, of)
             cell = f"≤ {reach:g}× {'full' if of == OURS else of}: {ms / by:.2f} {'met' if ms / by <= reach else 'NOT met'}"
         spread = table.summary(next(t["samples_ms"] for t in result["times"] if (t["measure"], t["provider"]) == (measure, who)))[1]
-        out.append([measure, who or "library", f"{ms:.4g} ± {spread:.0%}", f"{ms / base:.2f}×", cell])
+        out.append([measure, who or "library", f"{ms:.4g} ± {spread:.0%}", f"{ms / base:.2f}×", f"{ms / own:.2f}×", cell])
     return out
 
 
@@ -62,7 +63,8 @@ def _notes(result: dict) -> list[str]:
     most, limit = max(e["extra_bytes"] for e in ours), ours[0]["chunk_bytes"]
     return [
         f"(N, H, V) = ({n}, {h}, {v}), chunk_bytes = {result['chunk_bytes'] >> 20} MiB; medians ± half the distance of the quartiles. "
-        "The products are those of the faster dtype, their outputs preallocated.",
+        "The products are torch.mm's in the faster dtype, their outputs preallocated; bf16 products also round their results to bf16, "
+        "which logits do not stand.",
         f"Memory at H = {result['memory_width']}, chunk_bytes = {limit >> 20} MiB: ours at most {most / 2**20:.1f} MiB "
         f"({'met' if most <= limit else 'NOT met'}).",
         f"{table.machine(result)}; {result['time'][:10]}.",
