@@ -61,6 +61,7 @@ def test_the_table_marks_targets(result: dict) -> None:
     memory = {"urlvr_fast": {"allocated": 2, "resident": 0, "process": 9}, "TRL (malloc untuned)": untuned}
     lines = {line.what: line for line in table.lines({**scenario, "samples_s": samples, "memory_bytes": memory})}
     assert lines["learn"].to_floor == pytest.approx(1.1)
+    assert scenario["full_length"]
     assert lines["step"].to_floor == pytest.approx(4.0 / 3.5)
     assert lines["step"].to(lines["step"].trl) == pytest.approx(1.25)
     assert lines["learn"].to(lines["learn"].untuned) == pytest.approx(3.0)

@@ -117,6 +117,7 @@ def run_scenario(scenario: Scenario, folder: Path, threads: int, rounds: int | N
         "group_size": material.group_size,
         "prompt_tokens": [min(map(len, material.prompt_ids)), max(map(len, material.prompt_ids))],
         "response_tokens": material.response,
+        "full_length": material.full_length,
         "model": _model(material),
         "about": about,
         "gradient_difference": agreement,

@@ -41,6 +41,7 @@ class Material:
     response: int  # tokens, at most
     responses: Tensor  # (prompts · group_size, response) int64: the given rollouts, prompt after prompt
     stop_token_id: int
+    full_length: bool  # no rollout ends before `response`, so that those of a step are as long as the given ones
 
     @property
     def rollouts(self) -> int:
@@ -109,6 +110,7 @@ def of_shape(shape: Shape, folder: Path) -> Material:
         response=shape.response,
         responses=responses,
         stop_token_id=fast.eos_token_id,
+        full_length=True,
     )
 
 
@@ -136,4 +138,5 @@ def of_quickstart(yaml: Path) -> Material:
         response=config.rollout.max_tokens,
         responses=responses,
         stop_token_id=stop,
+        full_length=False,
     )
