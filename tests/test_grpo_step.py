@@ -115,6 +115,15 @@ def test_the_floor_and_our_learner_are_given_the_same_rollouts(material: Materia
     assert bool((ours.advantages_of(batch) != 0).all())
 
 
+def test_every_way_of_the_floor_makes_the_three_products() -> None:
+    rows, weight = torch.randn(5, 8), torch.randn(30, 8)
+    for products in (floor._mm, floor._onednn, floor._mixed):
+        grad_rows, grad_weight = torch.zeros(5, 8), torch.ones(30, 8)
+        products(rows, weight, torch.zeros(5, 30), grad_rows, grad_weight)
+        torch.testing.assert_close(grad_rows, rows @ weight.t() @ weight, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grad_weight, 1 + (rows @ weight.t()).t() @ rows, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_that_differ_are_refused(tmp_path: Path) -> None:
     gradient = {"a": torch.ones(3), "b": torch.ones(2)}
     for name, changed in (("same", gradient), ("near", {**gradient, "a": torch.tensor([1.0, 1.0, 1.001])}), ("less", {"a": gradient["a"]})):

@@ -14,8 +14,8 @@ Conventions, the same for both sides:
 * `step` is everything from prompts to the next step's prompts: ours with its metrics, votes and log, TRL with its metrics.
 * `learn` is what turns rollouts and advantages into new weights. The rollouts are given, and preparing them is not timed on either side.
 * The floor of `learn`: forward and backward of the model's body, the three products that logits, their gradient's way to the hidden states
-  and to the weight need, with nothing between them, and one fused AdamW step. The floor of `step` adds what the engine took to generate
-  and to take over the weights in the same round's step.
+  and to the weight need, by the faster of MKL and oneDNN, with nothing between them, and one fused AdamW step. The floor of `step` adds
+  what the engine took to generate and to take over the weights in the same round's step.
 * Engines are named, because generation is most of a step: ours is vLLM in the trainer's process, TRL's is vLLM where TRL can use the one
   that is installed (it is tried, and the reason is kept), else transformers' `generate`.
 * Memory is measured apart from time: by how much `learn` raised what torch had allocated, by how much it raised the resident memory of its
