@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,12 +19,11 @@ import torch
 
 from benches import memory, policy_loss_from_logits, table, token_stats
 from benches.data import DTYPES, Rows, Scenario, available_memory, memory_needed
-from benches.machine import commit, describe, slug
+from benches.machine import describe, write
 from benches.measure import HOT_BELOW, Case, Limits, Stopwatch, floors, interleave
 from benches.peers import Provider, providers
 
 OPS = (token_stats, policy_loss_from_logits)
-RESULTS = Path(__file__).parent / "results"
 ROUNDS = {"cpu": 25, "cuda": 50}
 SHAPES = ((1, 151936), (3, 151936), (64, 32000), (512, 32000), (64, 151936), (512, 151936), (2048, 151936), (8192, 32000), (8192, 151936))
 FULL = [
@@ -180,14 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scenarios = [(_scenario(text), EVERYBODY) for text in options.only]
     result = run(scenarios, chosen, device, Limits(options.rounds or ROUNDS[device.type], options.seconds), not options.no_memory)
     print(table.text(result))
-    path = options.out
-    if path is None and not (options.only or options.providers):
-        date = result["time"][:10]
-        path = RESULTS / f"{slug(device)}-{date}-{commit() or 'unknown'}.json"
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result) + "\n")
-        print(f"\nwritten: {path}", file=sys.stderr)
+    write(result, "", device, options.out, wanted=not (options.only or options.providers))
 
 
 if __name__ == "__main__":

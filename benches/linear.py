@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 from benches import linear_table
 from benches.data import DTYPES, available_memory
 from benches.linear_table import HALF, NO_GRAD, OURS, PRODUCT, PRODUCTS
-from benches.machine import commit, describe, slug
+from benches.machine import describe, write
 from benches.measure import Case, Limits, Stopwatch, interleave
 from benches.memory import Allocated
 
@@ -242,13 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     memory_of = ((2048, 4096), 16, 501, 2 << 20) if options.quick else (MEMORY_ROWS, MEMORY_WIDTH, shape[2], MEMORY_CHUNK)
     result = run(shape, device, Limits(options.rounds, options.seconds), CHUNK_BYTES[device.type], memory_of)
     print(linear_table.text(result))
-    path = options.out
-    if path is None and not options.quick:
-        path = linear_table.RESULTS / f"{linear_table.LINEAR}{slug(device)}-{result['time'][:10]}-{commit() or 'unknown'}.json"
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result) + "\n")
-        print(f"\nwritten: {path}", file=sys.stderr)
+    write(result, linear_table.LINEAR, device, options.out, wanted=not options.quick)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -52,6 +54,16 @@ def commit() -> str | None:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def write(result: dict, prefix: str, device: torch.device, out: Path | None, wanted: bool) -> None:
+    """Write a result to `out`, or without one, where it is `wanted`, to benches/results under a name that says what, where and when."""
+    if out is None and not wanted:
+        return
+    path = out or ROOT / "benches" / "results" / f"{prefix}{slug(device)}-{result['time'][:10]}-{commit() or 'unknown'}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result) + "\n")
+    print(f"\nwritten: {path}", file=sys.stderr)
 
 
 def slug(device: torch.device) -> str:

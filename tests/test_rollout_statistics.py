@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from tests.test_rollout import disturb, load
 from urlvr_fast.trainer.rollout import RolloutError, Sampling
 from urlvr_fast.trainer.rollout.hf import HFRollout
 from urlvr_fast.trainer.rollout.vllm import VLLMRollout
@@ -14,17 +14,6 @@ STOPS = [2, *range(20, 30)]  # many, so that completions end at different times
 STATISTICS = frozenset({"entropy", "self_certainty", "prob_gap"})
 SHORT = [[1, 50], [1, 20, 30, 40, 50, 60], [1, 7, 8]]
 LONG = [[1, 10 + i, *range(10, 90), *range(10, 55)] for i in range(8)]  # 127 tokens, different from the second on: nothing shared
-
-
-def load(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def disturb(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def largest_gap(model, prompts, completions, temperature):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import random
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import torch
 from benches.grpo_step import floor, ours, table, trl
 from benches.grpo_step.material import Material, Shape, of_quickstart, of_shape
 from benches.grpo_step.worker import ALLOCATED, FLOOR, GRADIENT, LEARN, PEAK, RESIDENT, STEP, Worker, WorkerError
-from benches.machine import ROOT, commit, describe, slug
+from benches.machine import ROOT, describe, write
 from urlvr_fast.trainer.rollout.vllm import vllm_version
 
 CPU = torch.device("cpu")
@@ -57,7 +56,7 @@ class GradientsDiffer(RuntimeError):
 
 def gradient_difference(one: Path, other: Path) -> float:
     """‖Δ‖/‖g‖ over all parameters. Raises GradientsDiffer above AGREE and when the parameters are not the same."""
-    mine, theirs = torch.load(one), torch.load(other)
+    mine, theirs = torch.load(one, weights_only=True), torch.load(other, weights_only=True)
     if mine.keys() != theirs.keys():
         raise GradientsDiffer(f"parameters of one side alone: {sorted(mine.keys() ^ theirs.keys())}")
     norm = sum(float(g.double().square().sum()) for g in theirs.values()) ** 0.5
@@ -193,13 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error.log, file=sys.stderr)
         raise
     print(table.text(result))
-    path = options.out
-    if path is None and not (options.quick or options.only):
-        path = table.RESULTS / f"{table.STEP}{slug(CPU)}-{result['time'][:10]}-{commit() or 'unknown'}.json"
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result) + "\n")
-        print(f"\nwritten: {path}", file=sys.stderr)
+    write(result, table.STEP, CPU, options.out, wanted=not (options.quick or options.only))
 
 
 if __name__ == "__main__":
