@@ -312,22 +312,45 @@ def test_ground_truth_by_hand():
 # ---- registry
 
 
+class IndifferentPolicy:
+    """Finds everything equally likely."""
+
+    def render(self, message):
+        return message
+
+    def likelihood(self, contexts, continuations):
+        return torch.full((len(contexts),), -1.0, dtype=torch.float64), torch.ones(len(contexts), dtype=torch.int64)
+
+    def token_span(self, batch, index, start, end):
+        return 0, 1
+
+    def generate(self, prompts, n, *, temperature, max_tokens):
+        return [["7"] * n for _ in prompts]
+
+
+MIXED = {"mixture": {"rewards": [{"reward": "majority_voting"}]}}
+
+
 @pytest.mark.parametrize("name", [*REWARDS, *ALIASES])
 def test_every_name_builds_and_runs(name):
-    reward = build_reward(name, checker=WORD, answers={100: "7"})
-    batch = make_batch(["7", "8", "7"], entropy=[[1.0, 2.0]] * 3, self_certainty=[[1.0, 2.0]] * 3)
-    rewards = call_reward(reward, batch, None)
+    task = {"verify": lambda text, columns: 1.0, "options": MIXED.get(name)}
+    reward = build_reward(name, checker=WORD, answers={100: "7"}, **task)
+    batch = make_batch(["7", "8", "7"], entropy=[[1.0, 2.0]] * 3, self_certainty=[[1.0, 2.0]] * 3, prob_gap=[[0.5, 0.5]] * 3)
+    batch.columns = {"model": ["m"] * 3, "rephrased": ["again"] * 3, "continuation": ["7 8"] * 3}
+    rewards = call_reward(reward, batch, IndifferentPolicy())
     assert rewards.shape == (3,)
     assert rewards.dtype == torch.float32
     assert rewards.isfinite().all()
     assert type(reward) is REWARDS[ALIASES.get(name, name)]
+    assert reward.__doc__
 
 
 def test_only_the_oracle_gets_answers():
     secret = {100: "secret-7"}
     for name in REWARDS:
-        reward = build_reward(name, checker=WORD, answers=secret)
-        assert any(value is secret for value in vars(reward).values()) == (name == "ground_truth")
+        reward = build_reward(name, checker=WORD, answers=secret, verify=lambda text, columns: 1.0, options=MIXED.get(name))
+        held = [value for value in vars(reward).values() if value is secret or "secret-7" in repr(value)]
+        assert bool(held) == (name == "ground_truth")
     with pytest.raises(RewardError, match="answer_column"):
         build_reward("ground_truth", checker=WORD, answers={})
 
@@ -355,7 +378,7 @@ def test_options_reach_the_reward_or_are_refused():
         build_reward("probability", checker=WORD, options={"papr_exact": True})
     with pytest.raises(RewardError, match="options are none"):
         build_reward("self_certainty", checker=WORD, options={"length": 1})
-    with pytest.raises(RewardError, match="options are threshold"):
+    with pytest.raises(RewardError, match="options are threshold, soft"):
         build_reward("majority_voting", checker=WORD, options={"checker2": 1})
 
 

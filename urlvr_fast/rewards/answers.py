@@ -32,6 +32,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ BARE_BOX = re.compile(r"[ \t]*((?:[-+]?[.0-9]|\\[A-Za-z]|[A-Za-z](?![A-Za-z]))(?
 MAX_MATH_CHARS = 500  # longer answers are compared as text: parsing time grows faster than length, and no real answer is that long
 START_SECONDS = 120.0  # importing sympy on a busy machine
 CACHE_SIZE = 65536
+PLACES_TRIED = 8  # occurrences of an answer in its completion that are looked at, from the end
 
 
 class AnswerChecker(Protocol):
@@ -121,6 +123,7 @@ WORD = re.compile(r"[A-Za-z]+(?:[ '-][A-Za-z]+)*")
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox|mathbf)\{([^{}\\]*)\}")
 
 
+@lru_cache(maxsize=256)  # an answer of 100 kB takes 20 ms, and is compared with every other one of its group
 def spelling(answer: str) -> str:
     """`answer` without the differences in LaTeX spelling that mean nothing. Linear time."""
     text = answer.strip()
@@ -402,6 +405,25 @@ def equivalence_classes(answers: Sequence[str | None], checker: AnswerChecker) -
             parent[root(b)] = root(a)
     numbers: dict[str, int] = {}
     return [-1 if form is None else numbers.setdefault(root(form), len(numbers)) for form in forms]
+
+
+def answer_characters(completion: str, answer: str, checker: AnswerChecker) -> tuple[int, int] | None:
+    """Where the answer that `checker` extracted stands in the completion: characters [start, end). None when it is not there verbatim.
+
+    The last occurrence without which the checker would not find that answer: in `\\boxed{4}. So there are 4.` the boxed one. When there
+    is none among the last PLACES_TRIED (the completion says it twice over), the last occurrence of all.
+    """
+    last, end = None, len(completion)
+    for _ in range(PLACES_TRIED):
+        start = completion.rfind(answer, 0, end) if answer else -1
+        if start < 0:
+            break
+        here = (start, start + len(answer))
+        last = last or here
+        if checker.extract(completion[: here[0]] + completion[here[1] :]) != answer:
+            return here
+        end = here[1] - 1
+    return last
 
 
 @atexit.register

@@ -38,7 +38,11 @@ def statistic(batch: RolloutBatch, name: str, reward: object) -> Tensor:
 
 
 class SelfCertainty:
-    """Mean over the response's tokens of KL(U‖p), in nats (Intuitor). The paper's log V is left in; it drops out of the advantages."""
+    """r = (1/|y|) Σ_t KL(U‖p_t), in nats (Intuitor, arXiv 2505.19590). The paper's log V is left in; it drops out of the advantages.
+
+    The slowest of the certainty rewards to fail: it degrades gradually, into confident wrong answers. Raises RewardError without
+    batch.self_certainty, and on a response without tokens.
+    """
 
     needs = frozenset({"self_certainty"})
 
@@ -47,29 +51,54 @@ class SelfCertainty:
 
 
 class TokenEntropy:
-    """Minus the mean over the response's tokens of the full-vocabulary Shannon entropy, in nats (EM-RL, RENT)."""
+    """r = −(1/|y|) Σ_t H(p_t), H the full-vocabulary Shannon entropy in nats (RENT, arXiv 2505.22660; EM-RL, arXiv 2505.15134).
+
+    aggregate: "mean" is the paper's; "sum" leaves out the 1/|y|, as EM-RL itself does.
+    Fails by repetition: padding a response with what is sure to come lowers the mean. The sum fails by short responses instead. Raises
+    RewardError without batch.entropy (read as zeros it would teach nothing, silently), and on a response without tokens.
+    """
 
     needs = frozenset({"entropy"})
 
+    def __init__(self, aggregate: str = "mean") -> None:
+        self.aggregate = checked_aggregate(aggregate, "token_entropy")
+
     def __call__(self, batch: RolloutBatch, policy: Policy | None = None) -> Tensor:
-        return -batch.sequence_mean(statistic(batch, "entropy", self)).float()
+        values = statistic(batch, "entropy", self)
+        return -(batch.sequence_mean(values) if self.aggregate == "mean" else batch.sequence_sum(values)).float()
 
 
 class TrajectoryEntropy:
-    """Mean over the response's tokens of the sampled token's log-probability (EM-RL, length-normalised as in the paper)."""
+    """r = (1/|y|) Σ_t log π(y_t | x, y_<t), the sampled tokens' log-probability (EM-RL, arXiv 2505.15134, length-normalised by the paper).
+
+    aggregate: "mean" is the paper's; "sum" leaves out the 1/|y|, as EM-RL itself does.
+    Fails by repetition (the mean) or by short responses (the sum). Raises RewardError on a response without tokens.
+    """
 
     needs: frozenset[str] = frozenset()
 
+    def __init__(self, aggregate: str = "mean") -> None:
+        self.aggregate = checked_aggregate(aggregate, "trajectory_entropy")
+
     def __call__(self, batch: RolloutBatch, policy: Policy | None = None) -> Tensor:
-        return batch.sequence_mean(statistic(batch, "sampled_logp", self)).float()
+        values = statistic(batch, "sampled_logp", self)
+        return (batch.sequence_mean(values) if self.aggregate == "mean" else batch.sequence_sum(values)).float()
+
+
+def checked_aggregate(aggregate: str, name: str) -> str:
+    if aggregate not in ("mean", "sum"):
+        raise RewardError(f"{name}: aggregate={aggregate!r}; valid are mean, sum")
+    return aggregate
 
 
 class Probability:
-    """The probability of the whole response, Π π(y_t | x, y_<t), without length normalisation (RLSC).
+    """r = Π_t π(y_t | x, y_<t), the probability of the whole response, without length normalisation (RLSC, arXiv 2506.06395).
 
     Responses of a hundred tokens underflow fp32, so each group is divided by its likeliest response first: rewards in (0, 1], 1 for the
     likeliest, and the same advantages once a group is divided by its standard deviation. `paper_exact=True` is the released
     code: exp of the fp32 sum, exactly 0 below about −103 nats, which leaves the reward to the shortest responses alone.
+
+    Fails by length collapse: a shorter response has fewer factors below 1. Raises RewardError on a response without tokens.
     """
 
     needs: frozenset[str] = frozenset()

@@ -6,7 +6,7 @@ Answers arrive as an audit map, prompt id -> answer, which nothing else in this 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,19 +20,28 @@ if TYPE_CHECKING:
 
 
 def correct(batch: RolloutBatch, answers: Mapping[int, str], checker: AnswerChecker) -> Tensor:
-    """(B,) fp32: 1 where the rollout's answer equals its prompt's, else 0 (also without any); NaN where the prompt has no answer."""
+    """(B,) fp32: 1 where the rollout's answer is right for its prompt, else 0 (also without any); NaN where the prompt has no answer.
+
+    Right means `checker.correct(given, answer)` where the checker has that: a task in which many answers are right has no single one to be
+    equal to. Otherwise it means `checker.equivalent`.
+    """
+    judge: Callable[[str, str], bool] = getattr(checker, "correct", checker.equivalent)
     truth = torch.empty(len(batch))
     for index, (prompt_id, completion) in enumerate(zip(batch.prompt_ids, batch.completions, strict=True)):
         if prompt_id not in answers:
             truth[index] = math.nan
             continue
         given = checker.extract(completion)
-        truth[index] = float(given is not None and checker.equivalent(given, answers[prompt_id]))
+        truth[index] = float(given is not None and judge(given, answers[prompt_id]))
     return truth
 
 
 class GroundTruth:
-    """1 for a rollout whose answer is its prompt's, else 0. Raises RewardError on a prompt without an answer."""
+    """r(y) = 1[ans(y) is right for x]: the oracle, and the paper's GT control. Training on it is what label-free rewards are measured by.
+
+    No answer in the response gives 0. Fails like any sparse reward: a group that is all right or all wrong teaches nothing. Raises
+    RewardError on a prompt without an answer.
+    """
 
     needs: frozenset[str] = frozenset()
 

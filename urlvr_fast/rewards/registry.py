@@ -8,53 +8,95 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from urlvr_fast.rewards import STATISTICS, Policy, Reward, RewardError, reward_name, rollout_text
+from urlvr_fast.rewards import STATISTICS, Reward, RewardError, reward_name
 from urlvr_fast.rewards.answers import AnswerChecker
 from urlvr_fast.rewards.certainty import Probability, SelfCertainty, TokenEntropy, TrajectoryEntropy
-from urlvr_fast.rewards.ensemble import MajorityVoting
+from urlvr_fast.rewards.checked_call import call_reward as call_reward
+from urlvr_fast.rewards.checked_call import reward_needs as reward_needs
+from urlvr_fast.rewards.covo import CoVo
+from urlvr_fast.rewards.cross_view import CrossViewVoting
+from urlvr_fast.rewards.disparity import ProbabilityDisparity
+from urlvr_fast.rewards.ensemble import MajorityVoting, WeightedVoting
 from urlvr_fast.rewards.external import GroundTruth
-
-if TYPE_CHECKING:
-    from urlvr_fast.trainer.batch import RolloutBatch
+from urlvr_fast.rewards.mixture import Mixture
+from urlvr_fast.rewards.next_token import NextToken
+from urlvr_fast.rewards.procedural import Procedural, Verify
+from urlvr_fast.rewards.restrain import Restrain
+from urlvr_fast.rewards.self_verification import SelfVerification, VerificationPrompt
+from urlvr_fast.rewards.semantic import SemanticClusters
 
 REWARDS: dict[str, Callable[..., Any]] = {
+    # from what the rollouts of a prompt agree on
     "majority_voting": MajorityVoting,
+    "weighted_voting": WeightedVoting,
+    "cross_view_voting": CrossViewVoting,
+    "semantic_clusters": SemanticClusters,
+    "covo": CoVo,
+    "restrain": Restrain,
+    # from the sampling distribution alone
     "self_certainty": SelfCertainty,
     "token_entropy": TokenEntropy,
     "trajectory_entropy": TrajectoryEntropy,
     "probability": Probability,
+    "probability_disparity": ProbabilityDisparity,
+    # from outside
+    "self_verification": SelfVerification,
+    "procedural": Procedural,
+    "next_token": NextToken,
     "ground_truth": GroundTruth,
+    "mixture": Mixture,
 }
-LOCATE_SECONDS = 30.0  # spent at most on finding the rollout on which a reward fails
-ALIASES = {"token_level_entropy": "token_entropy", "trajectory_level_entropy": "trajectory_entropy"}  # the released code's names
+ALIASES = {  # the released codes' names
+    "empo": "semantic_clusters",
+    "token_level_entropy": "token_entropy",
+    "trajectory_level_entropy": "trajectory_entropy",
+    "self_verify": "self_verification",
+}
 
 
 def build_reward(
-    spec: str, *, checker: AnswerChecker, answers: Mapping[int, str] | None = None, options: Mapping[str, Any] | None = None
+    spec: str,
+    *,
+    checker: AnswerChecker,
+    answers: Mapping[int, str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    verify: Verify | None = None,
+    verification_prompt: VerificationPrompt | None = None,
+    verdicts: Sequence[str] = ("True", "False"),
 ) -> Reward:
     """The reward that `spec` names: one of `REWARDS` (or `ALIASES`), `package.module.name`, `package.module:name`, `path/to/file.py:name`.
 
-    `options` are keyword arguments: of the constructor for a class, of every call for a function. Only `ground_truth` receives `answers`.
-    Raises RewardError: unknown name (with the nearest valid one), nothing to import there, options that do not fit, unknown `needs`.
+    options: keyword arguments: of the constructor for a class, of every call for a function.
+    answers: the audit map; only `ground_truth` receives it.
+    verify: the task's procedural verifier, of a response and the prompt's columns, for `procedural`; None where the task has none.
+    verification_prompt, verdicts: how `self_verification` asks about this task, and the two texts that are its answers.
+
+    Raises RewardError: unknown name (with the nearest valid one), nothing to import there, options that do not fit, unknown `needs`, a
+    reward that wants what this task or data has not got.
     """
     options = dict(options or {})
     name = ALIASES.get(spec, spec)
     if name in REWARDS:
-        given: dict[str, Any] = {}
-        if name in ("majority_voting", "ground_truth"):
-            given["checker"] = checker
-        if name == "ground_truth":
-            given["answers"] = answers
         if name == "ground_truth" and not answers:
             raise RewardError("reward=ground_truth needs answers, and this data has none: check prompts.answer_column")
+        if name == "procedural" and verify is None:
+            raise RewardError("reward=procedural needs a task that brings a verifier, and this data has none: use such a task")
+
+        def build(part: str, part_options: Mapping[str, Any]) -> Reward:  # of a mixture, which keeps neither this nor the answers
+            task: dict[str, Any] = {"verify": verify, "verification_prompt": verification_prompt, "verdicts": verdicts}
+            return build_reward(part, checker=checker, answers=answers, options=part_options, **task)
+
+        resources: dict[str, Any] = {"checker": checker, "verify": verify, "prompt": verification_prompt, "build": build}
+        if name == "ground_truth":
+            resources["answers"] = answers
+        if "verdicts" not in options:
+            resources["verdicts"] = verdicts
+        wanted = inspect.signature(REWARDS[name]).parameters
+        given = {resource: value for resource, value in resources.items() if resource in wanted}
         reward = construct(spec, REWARDS[name], given, options)
     elif "." in spec or ":" in spec:
         target = import_reward(spec)
@@ -77,7 +119,12 @@ def construct(spec: str, cls: Callable[..., Any], given: dict[str, Any], options
         inspect.signature(cls).bind(**given, **options)
     except TypeError as error:
         raise RewardError(f"reward_options of {spec}: {error}; its options are {', '.join(valid) or 'none'}") from None
-    reward = cls(**given, **options)
+    try:
+        reward = cls(**given, **options)
+    except RewardError:
+        raise
+    except (TypeError, ValueError) as error:  # an option of the wrong type
+        raise RewardError(f"reward_options of {spec}: {error}") from error
     if not callable(reward):
         raise RewardError(f"reward {spec} is a class whose objects cannot be called: give it __call__(self, batch, policy)")
     return reward
@@ -129,84 +176,3 @@ def import_file(path: Path) -> Any:
     sys.modules[name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
-
-
-def reward_needs(reward: Any) -> frozenset[str]:
-    """The statistics a reward wants filled in before it is called; none when it does not say."""
-    return frozenset(getattr(reward, "needs", ()))
-
-
-def call_reward(reward: Any, batch: RolloutBatch, policy: Policy | None) -> Tensor:
-    """`reward(batch, policy)` as (B,) fp32 on the CPU, detached, all finite. A list of numbers will do as well as a tensor.
-
-    Raises RewardError, naming the function and where it can the prompt and the rollout, when a statistic it needs is missing, when it
-    raises, and when it returns something else than B finite numbers.
-    """
-    name = reward_name(reward)
-    for field in sorted(reward_needs(reward)):
-        if getattr(batch, field) is None:
-            raise RewardError(
-                f"reward {name} needs batch.{field}, which nobody filled: have it taken while sampling or score the batch first"
-            )
-    try:
-        values = reward(batch, policy)
-    except RewardError:
-        raise
-    except Exception as error:
-        culprit = first_failing(reward, batch, policy, type(error))
-        where = f" It fails the same way on {rollout_text(batch, culprit)} alone." if culprit is not None else ""
-        raise RewardError(f"reward {name} raised {type(error).__name__}: {error}.{where}") from error
-    return checked(values, name, batch)
-
-
-def first_failing(reward: Any, batch: RolloutBatch, policy: Policy | None, error: type[Exception]) -> int | None:
-    """The first rollout on which the reward raises the same kind of error by itself; None when it takes several, or LOCATE_SECONDS."""
-    deadline = time.monotonic() + LOCATE_SECONDS
-    for index in range(len(batch)):
-        if time.monotonic() > deadline:
-            return None
-        try:
-            reward(batch.select([index]), policy)
-        except error:
-            return index
-        except Exception:  # noqa: BLE001  we are only looking for a better message about another error
-            continue
-    return None
-
-
-def checked(values: Any, name: str, batch: RolloutBatch) -> Tensor:
-    """`values` as a tensor, or RewardError."""
-    if isinstance(values, Tensor):
-        rewards = values.detach()
-    elif hasattr(values, "__len__") and not isinstance(values, (str, bytes, Mapping)):
-        rewards = numbers_of(list(values), name, batch)
-    else:
-        raise RewardError(f"reward {name} returned a {type(values).__name__}; it must return one number per rollout, as a tensor or a list")
-    if rewards.shape != (len(batch),):
-        too_short = rewards.dim() == 1 and len(rewards) < len(batch)
-        raise RewardError(
-            f"reward {name} returned shape {tuple(rewards.shape)} for {len(batch)} rollouts; it must be ({len(batch)},)."
-            + (f" The first without a reward is {rollout_text(batch, len(rewards))}." if too_short else "")
-        )
-    if rewards.is_complex():
-        raise RewardError(f"reward {name} returned complex numbers")
-    rewards = rewards.to(device="cpu", dtype=torch.float32)
-    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise RewardError(
-            f"reward {name} returned {rewards[bad[0]].item()} for {rollout_text(batch, bad[0])} ({len(bad)} such rewards in all)"
-        )
-    return rewards
-
-
-def numbers_of(values: list[Any], name: str, batch: RolloutBatch) -> Tensor:
-    numbers = []
-    for index, value in enumerate(values):
-        try:
-            if isinstance(value, str):
-                raise TypeError
-            numbers.append(float(value))
-        except (TypeError, ValueError, OverflowError):
-            where = rollout_text(batch, index) if index < len(batch) else f"position {index}"
-            raise RewardError(f"reward {name} returned {value!r:.80}, which is not a number, for {where}") from None
-    return torch.tensor(numbers, dtype=torch.float64)
