@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from urlvr_fast.rewards.answers import ExactAnswers, MathAnswers
+from urlvr_fast.tasks import countdown
 from urlvr_fast.tasks.arithmetic import IntegerAnswers
+from urlvr_fast.tasks.countdown import CountdownAnswers
 from urlvr_fast.tasks.prompt_set import DataError, PromptSet, load_prompts
 from urlvr_fast.trainer.base_model import BOS, EOS, character_tokenizer
 from urlvr_fast.trainer.prompts import encode_prompts
@@ -106,6 +108,60 @@ def test_procedural_task() -> None:
     with pytest.raises(DataError, match="no split 'dev'"):
         load_prompts("arithmetic", split="dev")
     assert isinstance(load_prompts("arithmetic", limit=1, answers="math").checker, MathAnswers)
+
+
+def test_a_task_with_a_verifier() -> None:
+    prompts = load_prompts("countdown", split="test", limit=30, seed=4, options={"numbers": 3, "style": "words"})
+    assert prompts.name == "countdown [test]"
+    assert set(prompts.columns) == {"numbers", "target", "style"}
+    assert prompts.verdicts == ("True", "False")
+    solutions = {id: problem.solution for id, problem in enumerate(countdown.draw("test", limit=30, seed=4, numbers=3, style="words"))}
+    chosen = prompts.select([7, 2])
+    assert chosen.verdicts == ("True", "False")
+    for loaded in (prompts, chosen):
+        assert loaded.verify is not None
+        assert loaded.verification_prompt is not None
+        for position, id in enumerate(loaded.ids):
+            row = {name: values[position] for name, values in loaded.columns.items()}
+            assert len(row["numbers"]) == 3
+            assert loaded.verify(f"<answer>{solutions[id]}</answer>", row) == 1.0
+            assert loaded.verify(f"<answer>{solutions[id]}-1</answer>", row) == 0.0
+            assert str(loaded.prompts[position]) in loaded.verification_prompt(str(loaded.prompts[position]), "x", row)
+            assert isinstance(loaded.checker, CountdownAnswers)
+            assert loaded.checker.correct(solutions[id], loaded.answers[id])
+    assert load_prompts("countdown", limit=1).verdicts == ("T", "F")
+
+
+def test_no_column_holds_an_answer_or_a_solution() -> None:
+    for task in ("arithmetic", "countdown", "factoring", "modular", "reversal", "sorting"):
+        prompts = load_prompts(task, limit=200)
+        assert set(prompts.columns) <= {"operation", "difficulty", "numbers", "target", "style", "number", "modulus"}
+        assert len(prompts.answers) == 200
+    assert set(load_prompts("next_token", limit=2).columns) == {"continuation"}  # the text is its own target
+
+
+def test_a_task_without_a_verifier(tmp_path: Path) -> None:
+    for prompts in (load_prompts("arithmetic", limit=3), load_prompts(write_jsonl(tmp_path / "r.jsonl", ROWS))):
+        assert prompts.verify is prompts.verification_prompt is None
+        assert prompts.verdicts == ("True", "False")
+
+
+def test_options_of_a_task(tmp_path: Path) -> None:
+    prompts = load_prompts("arithmetic", limit=50, options={"kinds": ["long_product"]})
+    assert set(prompts.columns["operation"]) == {"*"}
+    assert set(prompts.columns["difficulty"]) == {3}
+    with pytest.raises(
+        DataError, match=r"countdown has no option 'number'; did you mean 'numbers'\? It has: numbers, largest, largest_target, style"
+    ):
+        load_prompts("countdown", options={"number": 3})
+    for reserved in ("limit", "seed", "split"):
+        with pytest.raises(DataError, match=f"has no option {reserved!r}"):
+            load_prompts("countdown", options={reserved: 3})
+    with pytest.raises(DataError, match=r"countdown: numbers=9; valid is a count from 2 to 6"):
+        load_prompts("countdown", options={"numbers": 9})
+    with pytest.raises(DataError, match=r"r\.jsonl takes no options \(numbers\): only procedural tasks do"):
+        load_prompts(write_jsonl(tmp_path / "r.jsonl", ROWS), options={"numbers": 3})
+    assert len(load_prompts(tmp_path / "r.jsonl", options={})) == 3
 
 
 def test_select_keeps_ids_and_answers(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -67,6 +68,47 @@ def test_the_draw_keeps_the_shares() -> None:
     for operation in "+-*":
         share = sum(kind.share for kind in arithmetic.KINDS if kind.operation == operation)
         assert operations[operation] / 3000 == pytest.approx(share, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("split", "seed", "digest"),
+    [("train", 0, "4aa89d95b82b260f"), ("train", 7, "598771ac9e5b7aa8"), ("test", 0, "d29bd80a68ef1473"), ("test", 1, "6de256a0820ef871")],
+)
+def test_the_draw_stays_what_the_bundled_model_was_trained_and_measured_on(split: str, seed: int, digest: str) -> None:
+    text = "\n".join(f"{p.prompt}{p.answer}{p.operation}" for p in arithmetic.draw(split, seed=seed))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+
+
+def test_kinds_and_their_difficulty() -> None:
+    names = [kind.name for kind in arithmetic.KINDS]
+    assert names == ["sum", "difference", "short_product", "long_product"]
+    for difficulty, name in enumerate(names):
+        problems = arithmetic.draw("train", limit=100, kinds=[name])
+        assert {(p.difficulty, p.operation) for p in problems} == {(difficulty, arithmetic.KINDS[difficulty].operation)}
+        assert arithmetic.draw("train", limit=100, kinds=name) == problems
+    assert Problem(12, "*", 5).difficulty == 2
+    assert Problem(12, "*", 15).difficulty == 3
+    assert Problem(12, "-", 15).columns == {"operation": "-", "difficulty": 1}
+
+
+def test_some_kinds_keep_their_proportions_and_a_mapping_sets_them() -> None:
+    two = Counter(p.difficulty for p in arithmetic.draw("train", limit=2000, kinds=("short_product", "long_product")))
+    assert set(two) == {2, 3}
+    assert two[2] / 2000 == pytest.approx(0.08 / 0.28, abs=0.05)
+    shares = Counter(p.difficulty for p in arithmetic.draw("train", limit=2000, kinds={"sum": 3, "long_product": 1}))
+    assert set(shares) == {0, 3}
+    assert shares[0] / 2000 == pytest.approx(0.75, abs=0.04)
+    assert arithmetic.draw("test", limit=50, kinds=[kind.name for kind in arithmetic.KINDS]) == arithmetic.draw("test", limit=50)
+
+
+@pytest.mark.parametrize("kinds", ["sums", [], {}, ["sum", "quotient"], 3, {"sum": 0}, {"sum": -1}, {"sum": "1"}, {"sum": float("inf")}])
+def test_unknown_kinds(kinds: Any) -> None:
+    with pytest.raises(ValueError, match=r"arithmetic: kinds=.*(valid are some of sum, difference|a share is a number above 0)"):
+        arithmetic.draw(kinds=kinds)
+
+
+def test_there_is_no_verifier_beside_the_answer() -> None:
+    assert not hasattr(arithmetic, "verify")
 
 
 def test_unknown_split() -> None:

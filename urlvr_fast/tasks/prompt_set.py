@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from urlvr_fast.rewards.answers import AnswerChecker, ExactAnswers, MathAnswers
-from urlvr_fast.tasks import arithmetic
+from urlvr_fast.tasks import arithmetic, countdown, factoring, modular, next_token, reasoning_gym, reversal, sorting
 from urlvr_fast.tasks.readers import FILE_SUFFIXES, HUB_NAME, DataError, Row, json_name, read_rows
 
 Messages = list[dict[str, Any]]  # [{"role": "user", "content": "…"}, …]
 
-# A procedural task is a module with `draw(split, *, limit, seed)`, whose problems have `prompt`, `answer` and `operation`, and `checker()`.
-PROCEDURAL_TASKS: dict[str, ModuleType] = {"arithmetic": arithmetic}
+# A procedural task is a module with
+#   draw(split, *, limit, seed, **options)  -> problems, which have `prompt`, `answer` (audit map only; may be None) and `columns` (public);
+#                                              ValueError says what is valid
+#   checker()                               -> AnswerChecker; it may have `correct(given, answer)`, which metrics prefer to `equivalent`
+# and optionally
+#   verify(completion, columns)             -> 1.0 or 0.0, exact, from the public columns alone; raises on no text
+#   verification_prompt(prompt, completion, columns), verdicts(**options)
+#                                           -> what self-verification asks the policy, and what it writes for right and for wrong
+PROCEDURAL_TASKS: dict[str, ModuleType] = {
+    "arithmetic": arithmetic,
+    "countdown": countdown,
+    "factoring": factoring,
+    "modular": modular,
+    "next_token": next_token,
+    "reversal": reversal,
+    "sorting": sorting,
+}
+
+
+def is_procedural(spec: str | Path) -> bool:
+    """Whether prompts of `spec` are drawn, so that it has a `train` and a `test` split and an order per seed: tasks and reasoning-gym."""
+    return str(spec) in PROCEDURAL_TASKS or str(spec).startswith(reasoning_gym.PREFIX)
 
 
 @dataclass
@@ -30,6 +52,9 @@ class PromptSet:
     columns: dict[str, list[Any]] = field(default_factory=dict)  # the other columns; never the answer
     answers: dict[int, str] = field(default_factory=dict)  # the audit map, id -> answer, for metrics and the oracle only
     ids: list[int] = field(default_factory=list)  # row in the data set, from 0; filled in when not given
+    verify: Callable[[str, Mapping[str, Any]], float] | None = None  # (completion, columns of its prompt) -> 1.0 or 0.0; needs no answer
+    verification_prompt: Callable[[str, str, Mapping[str, Any]], str] | None = None  # (prompt, completion, columns of the prompt)
+    verdicts: tuple[str, str] = ("True", "False")  # what the policy writes, asked that, for a right and for a wrong completion
 
     def __post_init__(self) -> None:
         self.ids = self.ids or list(range(len(self.prompts)))
@@ -40,10 +65,9 @@ class PromptSet:
     def select(self, rows: list[int]) -> PromptSet:
         """The prompts at these positions, in this order, each with its id."""
         ids = [self.ids[row] for row in rows]
-        return PromptSet(
-            name=self.name,
+        return replace(
+            self,
             prompts=[self.prompts[row] for row in rows],
-            checker=self.checker,
             columns={name: [values[row] for row in rows] for name, values in self.columns.items()},
             answers={id: self.answers[id] for id in ids if id in self.answers},
             ids=ids,
@@ -60,16 +84,18 @@ def load_prompts(
     answer_column: str = "answer",
     answers: str = "auto",
     timeout_s: float = 5.0,
+    options: Mapping[str, Any] | None = None,
 ) -> PromptSet:
     """Load prompts from a procedural task, a file or a data set.
 
-    spec: a task (`arithmetic`); a .jsonl, .json (a list of objects) or .parquet file; a directory saved by `datasets`; or
-        a hub data set `owner/name[:config]`.
+    spec: a task (`arithmetic`, `countdown`, …) or one of reasoning-gym (`reasoning_gym:NAME`); a .jsonl, .json (a list of objects) or
+        .parquet file; a directory saved by `datasets`; or a hub data set `owner/name[:config]`.
     split: of a task (`train` or `test`) or of a data set that has splits; a file is one split.
     limit: keep the first so many; a task draws 4096 when it is None.
     seed: order of a procedural task. Files keep theirs.
     answers: `math` (\\boxed{}, compared by math-verify within `timeout_s`), `exact` (the completion itself), `auto` (`math` for
         data, the task's own checker for procedural tasks).
+    options: of a procedural task: the keyword arguments of its module's `draw`; of reasoning-gym: fields of the configuration.
 
     Raises DataError, which names the file and the row, for anything that cannot be used.
     """
@@ -79,8 +105,12 @@ def load_prompts(
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: at least one prompt is needed")
     if spec in PROCEDURAL_TASKS:
-        return _procedural(spec, split, limit, seed, answers, timeout_s)
+        return _procedural(spec, split, limit, seed, answers, timeout_s, options or {})
+    if spec.startswith(reasoning_gym.PREFIX):
+        return _reasoning_gym(spec, split, limit, seed, answers, timeout_s, options or {})
     _refuse_unknown_task(spec)
+    if options:
+        raise DataError(f"{spec} takes no options ({', '.join(options)}): only procedural tasks do")
     rows = list(islice(read_rows(spec, split), limit))
     if not rows:
         raise DataError(f"{spec} is empty: it has no prompts")
@@ -96,19 +126,50 @@ def load_prompts(
     )
 
 
-def _procedural(name: str, split: str, limit: int | None, seed: int, answers: str, timeout_s: float) -> PromptSet:
+def _procedural(
+    name: str, split: str, limit: int | None, seed: int, answers: str, timeout_s: float, options: Mapping[str, Any]
+) -> PromptSet:
     task = PROCEDURAL_TASKS[name]
+    _check_options(name, task, options)
     try:
-        problems = task.draw(split, limit=limit, seed=seed)
+        problems = task.draw(split, limit=limit, seed=seed, **options)
     except ValueError as error:
         raise DataError(str(error)) from None
+    columns = list(dict.fromkeys(column for problem in problems for column in problem.columns))
     return PromptSet(
         name=f"{name} [{split}]",
         prompts=[problem.prompt for problem in problems],
         checker=MathAnswers(timeout_s=timeout_s) if answers == "math" else task.checker(),
-        columns={"operation": [problem.operation for problem in problems]},
-        answers={id: str(problem.answer) for id, problem in enumerate(problems)},
+        columns={column: [problem.columns.get(column) for problem in problems] for column in columns},
+        answers={id: str(problem.answer) for id, problem in enumerate(problems) if problem.answer is not None},
+        verify=getattr(task, "verify", None),
+        verification_prompt=getattr(task, "verification_prompt", None),
+        verdicts=task.verdicts(**options) if hasattr(task, "verdicts") else PromptSet.verdicts,
     )
+
+
+def _reasoning_gym(
+    spec: str, split: str, limit: int | None, seed: int, answers: str, timeout_s: float, options: Mapping[str, Any]
+) -> PromptSet:
+    if answers == "math":
+        raise DataError(f"answers='math' with {spec}: its data set scores the answers; use auto")
+    for reserved in {"name", "split", "limit", "seed", "size"} & set(options):
+        raise DataError(f"{spec} takes no option {reserved!r}: prompts, seed and split have their own")
+    drawn = reasoning_gym.draw(spec.removeprefix(reasoning_gym.PREFIX), split, limit=limit, seed=seed, **options)
+    drawn.checker.timeout_s = timeout_s
+    return PromptSet(name=f"{spec} [{split}]", prompts=list(drawn.questions), checker=drawn.checker, answers=dict(enumerate(drawn.answers)))
+
+
+def _check_options(name: str, task: ModuleType, options: Mapping[str, Any]) -> None:
+    valid = [parameter for parameter in inspect.signature(task.draw).parameters if parameter not in ("split", "limit", "seed")]
+    for option in options:
+        if option not in valid:
+            near = difflib.get_close_matches(str(option), valid, 1, 0.5)
+            raise DataError(
+                f"{name} has no option {option!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+                + (f" It has: {', '.join(valid)}" if valid else " It has none")
+            )
 
 
 def _refuse_unknown_task(spec: str) -> None:
@@ -119,7 +180,7 @@ def _refuse_unknown_task(spec: str) -> None:
     raise DataError(
         f"there is no task, file or folder {spec!r}"
         + (f"; did you mean {near[0]!r}?" if near else "")
-        + f" Data is a procedural task ({', '.join(PROCEDURAL_TASKS)}), a {', '.join(FILE_SUFFIXES)} file, "
+        + f" Data is a procedural task ({', '.join(PROCEDURAL_TASKS)}, {reasoning_gym.PREFIX}NAME), a {', '.join(FILE_SUFFIXES)} file, "
         "a directory saved by `datasets`, or a hub data set owner/name"
     )
 
