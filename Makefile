@@ -1,12 +1,13 @@
 # make train   set up, then train the bundled model without labels; make test   set up, then run the tests; make bench   measure the ops.
+# make paper   repeat the paper's findings on small models (about an hour on two cores; what is in experiments/results is not made again).
 # ARGS="…" goes to the command that is run: make train ARGS="trainer.steps=50", make test ARGS="-k rewards".
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test bench lint types clean
+.PHONY: help setup train test bench paper lint types clean
 
 help:
-	@echo "make setup | train | test | bench | lint | types | clean      (ARGS=… is passed on)"
+	@echo "make setup | train | test | bench | paper | lint | types | clean      (ARGS=… is passed on)"
 
 setup:
 	@sh scripts/setup.sh
@@ -21,6 +22,10 @@ test: setup lint types
 bench: setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[bench]'
 	$(BIN)/python -m benches $(ARGS)
+
+paper: setup
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[paper]'
+	$(BIN)/python -m experiments $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -67,6 +67,6 @@ def skip(reason: str) -> dict:
 setup(
     packages=[*find_packages(include=["urlvr_fast", "urlvr_fast.*"]), "urlvr_fast.kernels"],
     package_dir={"urlvr_fast": "urlvr_fast", "urlvr_fast.kernels": "kernels"},
-    package_data={"urlvr_fast": ["py.typed", "bundled/*/*"]},
+    package_data={"urlvr_fast": ["py.typed", "mcs.yaml", "bundled/*/*"]},
     **compiled_kernels(),
 )

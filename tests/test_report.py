@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from urlvr_fast.report import MOST_POINTS, Axis, ReportError, _smooth, _thin, _x_ticks, number, write_report
+from urlvr_fast.monitor.detectors import Detection
+from urlvr_fast.report import ReportError, write_report
+from urlvr_fast.report.drawing import MOST_POINTS, Axis, smooth, thin, x_ticks
+from urlvr_fast.report.text import number
 from urlvr_fast.trainer.logging import RunLog
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\"&\x1b[31m\u202e\udc80"
@@ -42,6 +45,37 @@ def make_run(
             if step and step % 10 == 0:
                 log.samples(step, [sample(step, b, labels) for b in range(8)])
         log.summary({"before_after": [{"metric": "avg@8", "before": 0.5, "after": 0.75}], "timing": {"training_s": 90.0}})
+    return path
+
+
+FIRED = {  # the last is unknown to this version
+    "anchor_drift": Detection(30, "anchor_drift", "stop", 0.4, 0.9, f"anchor_drift: eval/anchor_agreement is 0.4, below 0.9 {HOSTILE}"),
+    "kl_spike": Detection(20, "kl_spike", "warn", 1.0, 0.1, "kl_spike: kl_start is 1, above 0.1"),
+    "not_yet_invented": Detection(10, "not_yet_invented", "pray", 1.0, 0.1, "something rose"),
+}
+
+
+def make_collapsing_run(path: Path, *, steps: int = 40, fall: int = 20, labels: bool = True, continuous: bool = False) -> Path:
+    """Reward Accuracy is 0.7 up to step `fall` and 0.2 after it: windowed, it is below 0.25 from step `fall` + 5."""
+    path.mkdir(parents=True)
+    reward = "self_certainty" if continuous else "majority_voting"
+    (path / "config.yaml").write_text(yaml.safe_dump({"reward": reward, "trainer": {"steps": 60}}))
+    with RunLog(path, total_steps=60, live="off") as log:
+        for step in range(steps + 1):
+            values: dict[str, Any] = {"eval/greedy_accuracy": 0.5, "eval/anchor_agreement": 1 - step / 50} if step % 10 == 0 else {}
+            if step:
+                values |= {"reward": 12.0 if continuous else 0.8, "majority_ratio": 0.6 + step / 100, "top_answer_share": 0.25 + step / 100}
+                values |= {"flat_groups": step / 80, "repetition": step / 200, "actor_entropy": 1 / step}
+            if step == 1 or (step and step % 10 == 0):
+                values["kl_start"] = step / 20
+            if step and labels:
+                accuracy = 0.7 if step <= fall else 0.2
+                values |= {"ground_truth_reward": 0.3, "majority_reward_accuracy": accuracy}
+                values |= {} if continuous else {"reward_accuracy": accuracy}
+            log.metrics(step, values)
+        for detection in FIRED.values():
+            log.detect(detection)
+        log.status("stopped", f"step {steps}, {FIRED['anchor_drift'].message}")
     return path
 
 
@@ -206,6 +240,161 @@ def test_runs_without_metrics_and_torn_ones_say_so(tmp_path: Path) -> None:
     assert "nothing to draw" in Page(write_report([torn, empty])).text
 
 
+def figures_of(page: Page) -> dict[str, str]:
+    figures = re.findall(r"<figure>.*?</figure>", page.source, re.DOTALL)
+    return {re.findall(r"<h3>(.*?)</h3>", figure)[0]: figure for figure in figures}
+
+
+def collapse_rows(page: Page) -> dict[str, list[str]]:
+    """Threshold or proxy -> the cells of its row in the first table of collapse steps."""
+    table = re.search(r'<table class="steps">.*?</table>', page.source, re.DOTALL)
+    assert table is not None
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr[ >].*?</tr>", table.group())]
+    return {re.sub("<.*?>", "", name): cells for name, *cells in rows[1:]}
+
+
+def test_every_signal_has_a_chart_and_an_explanation(tmp_path: Path) -> None:
+    figures = figures_of(Page(write_report([make_collapsing_run(tmp_path / "run")])))
+    for title, explanation, last in (
+        ("KL to the start model", "k3, nats per token", 2.0),
+        ("Anchor agreement", "clear votes that greedy answers still give", 0.2),
+        ("Most common answer", "one and the same answer wins", 0.65),
+        ("Repetition", "Share of 4-grams", 0.2),
+        ("Flat groups", "rewards are all alike", 0.5),
+        ("Accuracy of the reward", "Reward Accuracy = that of the majority vote", 0.2),
+    ):
+        assert explanation in figures[title], title
+        assert f"<b>{number(last)}</b>" in figures[title], title
+    assert "dots" in figures["KL to the start model"]  # few measurements are marked, not smoothed
+    assert "anchor" not in figures["Evaluation"]
+    assert "majority_voting" in figures["Reward"]
+    assert "ground truth" in figures["Reward"]
+
+
+def test_the_truth_stands_next_to_a_proxy_on_another_scale(tmp_path: Path) -> None:
+    page = Page(write_report([make_collapsing_run(tmp_path / "run", continuous=True)]))
+    assert page.titles()[:2] == ["Proxy reward: self_certainty", "Other rewards of the same rollouts"]
+    assert "ground truth <b>0.3</b>" in re.sub("</?span>", "", figures_of(page)["Other rewards of the same rollouts"])
+
+
+def test_the_collapse_step(tmp_path: Path) -> None:
+    page = Page(write_report([make_collapsing_run(tmp_path / "run")]))
+    never = "not reached by step 40"
+    rows = collapse_rows(page)
+    assert rows["MCS below 0.01"] == [never] * 3
+    assert rows["MCS_0.1 below 0.1"] == [never] * 3
+    assert rows["MCS_0.25 below 0.25"] == ["21", "25", "21"]
+    assert rows["MCS_half below 0.35"] == ["21", "24", "21"]
+    assert rows["Proxy without answers unanimity_step: the winning answers hold 99 % of the rollouts"] == ["39"]
+    assert rows["Proxy without answers one_answer_step: one answer wins half of the prompts"] == ["25"]
+    assert "Computed from the Reward Accuracy of the reward that is trained on; it needs answers." in page.text
+    assert "The charts mark MCS_0.25, windowed, at step 25." in page.text
+    for title, figure in figures_of(page).items():  # 25 of 40 steps
+        assert figure.count('class="mark alone" style="left:62.50%" title="MCS_0.25 (windowed) at step 25"') == 1, title
+
+
+def test_the_collapse_step_of_a_continuous_reward_is_the_votes(tmp_path: Path) -> None:
+    page = Page(write_report([make_collapsing_run(tmp_path / "run", continuous=True)]))
+    assert collapse_rows(page)["MCS_0.25 below 0.25"] == ["21", "25", "21"]
+    assert "Computed from the Reward Accuracy of the majority vote on the same rollouts" in page.text
+
+
+def test_without_answers_there_are_only_proxies(tmp_path: Path) -> None:
+    page = Page(write_report([make_collapsing_run(tmp_path / "run", labels=False)]))
+    rows = collapse_rows(page)
+    assert len(rows) == 2
+    assert all(name.startswith("Proxy without answers") for name in rows)
+    assert "No answers were logged" in page.text
+    assert "MCS" not in page.text
+    assert 'class="mark' not in page.source
+
+
+def test_a_collapse_step_that_cannot_be_told(tmp_path: Path) -> None:
+    run = make_collapsing_run(tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    lines[7] |= {"reward_accuracy": None, "majority_reward_accuracy": None}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report([run]))
+    assert "Reward Accuracy was not logged in every step" in page.text
+    assert 'class="mark' not in page.source
+    lines[7] |= {"reward_accuracy": 7.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "The collapse step cannot be told: Reward Accuracy is a share" in Page(write_report([run])).text
+
+
+def test_what_the_detectors_found(tmp_path: Path) -> None:
+    page = Page(write_report([make_collapsing_run(tmp_path / "run")]))
+    listed = re.findall(r"<li>(.*?)</li>", page.source[page.source.index('id="detections"') : page.source.index("Key facts")])
+    listed = [re.sub("<.*?>", "", item) for item in listed]
+    assert len(listed) == 3
+    assert listed[0].startswith("step 30 anchor_drift eval/anchor_agreement is 0.4, below 0.9")
+    assert listed[0].endswith("→ the run was stopped")
+    assert listed[1] == "step 20 kl_spike kl_start is 1, above 0.1 → a warning; the run went on"
+    assert listed[2] == "step 10 not_yet_invented something rose → pray"
+    figures = figures_of(page)
+    for title, figure in figures.items():
+        ticks = re.findall(r'<i class="tick alone" style="left:calc\((.*?)%.*?" title="(\w+) at step', figure)
+        expected = {"Anchor agreement": [("75.00", "anchor_drift")], "KL to the start model": [("50.00", "kl_spike")]}
+        assert ticks == expected.get(title, []), title
+    assert "kl_spike at step 20</li>" in figures["KL to the start model"]  # legible without a pointer
+    assert "detector kl_spike at step 20" in figures["KL to the start model"]
+
+
+def test_why_a_run_was_stopped_stands_at_its_top(tmp_path: Path) -> None:
+    text = Page(write_report([make_collapsing_run(tmp_path / "run")])).text
+    reason = "step 40, anchor_drift: eval/anchor_agreement is 0.4, below 0.9"
+    assert re.search(r"■ stopped Stopped at step 40 of 60 after [\d.]+ s: " + re.escape(reason), text)
+    assert text.index(reason) < text.index("Detectors that fired")
+
+
+def test_collapse_and_detections_of_overlaid_runs(tmp_path: Path) -> None:
+    first, second = make_collapsing_run(tmp_path / "first"), make_collapsing_run(tmp_path / "second", fall=10)
+    plain, unlabelled = make_run(tmp_path / "plain"), make_run(tmp_path / "unlabelled", labels=False)
+    limited = make_collapsing_run(tmp_path / "limited", fall=40)
+    info = json.loads((limited / "run.json").read_text())
+    (limited / "run.json").write_text(json.dumps(info | {"reason": "trainer.stop_after=40"}))
+    page = Page(write_report([first, second, plain, unlabelled, limited], tmp_path / "report.html"))
+    facts = page.text[page.text.index("Key facts") : page.text.index("Before and after")]
+    assert (
+        "Collapse step 25 (MCS_0.25, windowed) 15 (MCS_0.25, windowed) not reached by step 60 unknown: no answers not reached by step 40"
+        in facts
+    )
+    assert "Stopped by anchor_drift anchor_drift – – trainer.stop_after=40" in facts
+    figures = figures_of(page)
+    entropy = figures["Entropy"]
+    marks = re.findall(r'class="mark (c\d)" style="left:(.*?)%" title="(\w+)', entropy)
+    assert marks == [("c0", "41.67", "first"), ("c1", "25.00", "second")]
+    assert re.findall(r'<i class="tick (c\d)" style', figures["KL to the start model"]) == ["c0", "c1", "c4"]
+    assert 'class="tick' not in entropy
+    assert "second: kl_spike at step 20</li>" in figures["KL to the start model"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"detections": None, "warnings": None, "reason": None},
+        {"detections": "no", "warnings": {"step": 1}, "resumed": 3, "versions": [], "command": 7},
+        {"detections": [None, 3, {}, {"step": "9", "detector": None, "action": [], "value": "x", "limit": {}, "message": 3}]},
+        {"detections": [{"step": 10**9, "detector": "kl_spike"}, {"step": -3, "detector": "kl_spike"}, {"detector": "anchor_drift"}]},
+        {"detections": [{"step": True, "detector": "kl_spike", "value": None, "message": None}], "warnings": [None, "x", {}]},
+    ],
+)
+@pytest.mark.parametrize("overlaid", [False, True])
+def test_damaged_fields_do_not_break_the_page(tmp_path: Path, damage: dict[str, Any], overlaid: bool) -> None:
+    run = make_collapsing_run(tmp_path / "run")
+    info = json.loads((run / "run.json").read_text()) | damage
+    (run / "run.json").write_text(json.dumps(info))
+    (run / "summary.json").write_text(json.dumps({"before_after": [None, {"metric": "a", "before": "x", "after": None}], "timing": [1]}))
+    with (run / "metrics.jsonl").open("a") as file:
+        broken = '"kl_start": NaN, "reward": Infinity, "repetition": "x", "flat_groups": null, "wall_s": []'
+        file.write(f'{{"step": 41, {broken}, "actor_entropy": {10**400}}}\n')
+    (run / "samples.jsonl").write_text('{"step": [1]}\n{"step": 3}\n')
+    page = Page(write_report([run, make_run(tmp_path / "other", steps=3)] if overlaid else [run]))
+    assert "KL to the start model" in page.titles()
+    assert 'class="tick' not in page.source  # nothing that can be placed is left
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_very_short_runs(tmp_path: Path, steps: int) -> None:
     assert "Evaluation" in Page(write_report([make_run(tmp_path / "run", steps=steps)])).titles()
@@ -240,19 +429,19 @@ def test_axes() -> None:
         assert axis.high >= max(values)
         assert 2 <= len(axis.ticks) <= 7
         assert all(0 <= axis.y(v) <= 300 for v in values)
-    assert _x_ticks(300) == [0, 100, 200, 300]
-    assert _x_ticks(1) == [0, 1]
+    assert x_ticks(300) == [0, 100, 200, 300]
+    assert x_ticks(1) == [0, 1]
 
 
 def test_thinning_keeps_spikes_and_smoothing_keeps_lines() -> None:
     points = [(step, 1.0) for step in range(20_000)]
     points[12_345] = (12_345, 99.0)
-    thin = _thin(points)
-    assert len(thin) <= MOST_POINTS
-    assert (12_345, 99.0) in thin
-    assert [step for step, _ in thin] == sorted(step for step, _ in thin)
-    smooth = _smooth([(step, 2.0 * step) for step in range(100)])
-    assert smooth[50] == (50, pytest.approx(100.0))  # no lag
+    kept = thin(points)
+    assert len(kept) <= MOST_POINTS
+    assert (12_345, 99.0) in kept
+    assert [step for step, _ in kept] == sorted(step for step, _ in kept)
+    line = smooth([(step, 2.0 * step) for step in range(100)])
+    assert line[50] == (50, pytest.approx(100.0))  # no lag
     assert number(1234.5) == "1,234"
     assert number(2e-6) == "2.0e-06"
     assert number(None) == "–"
@@ -324,6 +513,82 @@ def test_reading_values_under_the_pointer(browser: Any, tmp_path: Path) -> None:
     plot.send_keys(Keys.ARROW_LEFT)
     plot.send_keys(Keys.ARROW_LEFT)
     assert frame()[0] == "step 59"
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("runs", [1, 8])
+def test_markers_can_be_seen(browser: Any, tmp_path: Path, width: int, scheme: str, runs: int) -> None:
+    fall = 35 if runs == 1 else 20  # the first marker stands at the right edge, where its label must not leave the chart
+    name = "with-a-name-that-is-far-too-long-for-a-telephone"
+    directories = [make_collapsing_run(tmp_path / f"run-{i}-{name}", fall=fall) for i in range(runs)]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    open_page(browser, write_report(directories), width)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return window.pwned") is None
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    charts = browser.execute_script(
+        """const box = e => { const b = e.getBoundingClientRect(); return [b.left, b.right, b.top, b.bottom]; };
+        return [...document.querySelectorAll("figure")].map(figure => {
+          const all = query => [...figure.querySelectorAll(query)];
+          return {title: figure.querySelector("h3").textContent, figure: box(figure), plot: box(figure.querySelector(".plot")),
+            card: getComputedStyle(figure).backgroundColor, xs: all(".x").map(box),
+            marks: all(".mark").map(m => [box(m), getComputedStyle(m, "::before").borderLeftWidth, getComputedStyle(m).color]),
+            labels: all(".label").map(l => [box(l), l.textContent]),
+            ticks: all(".plot .tick").map(t => [box(t), getComputedStyle(t).borderBottomColor])};
+        });"""
+    )
+    for chart in charts:
+        left, right, top, bottom = chart["plot"]
+        assert len(chart["marks"]) == len(chart["labels"]) == runs
+        for (mark_left, mark_right, mark_top, mark_bottom), stroke, colour in chart["marks"]:
+            assert (mark_left + mark_right) / 2 == pytest.approx(left + (fall + 5) / 40 * (right - left), abs=1.5)
+            assert (mark_top, mark_bottom) == pytest.approx((top, bottom), abs=1)
+            assert float(stroke.removesuffix("px")) >= 1
+            assert difference(colour, chart["card"]) > 150
+        for (label_left, label_right, _, label_bottom), text in chart["labels"]:
+            assert text == "MCS_0.25"
+            assert left < label_left < label_right < chart["figure"][1]
+            assert label_bottom < bottom
+        assert len({label[0][2] for label in chart["labels"]}) == runs  # none lies on another
+        watched = {"KL to the start model": 0.5, "Anchor agreement": 0.75}
+        assert len(chart["ticks"]) == (runs if chart["title"] in watched else 0)
+        for index, ((tick_left, tick_right, tick_top, tick_bottom), colour) in enumerate(chart["ticks"]):
+            assert tick_left + 5 == pytest.approx(left + watched[chart["title"]] * (right - left) + 4 * index, abs=1.5)
+            assert tick_right - tick_left == pytest.approx(10, abs=1)
+            assert bottom - 1 <= tick_top < tick_bottom <= min(label[2] for label in chart["xs"]) + 1  # between the axis and its labels
+            assert difference(colour, chart["card"]) > 150
+    table = browser.execute_script(
+        "const b = document.querySelector('table.steps').getBoundingClientRect(); return [b.width, b.right, window.innerWidth]"
+    )
+    assert table[0] > 200
+    assert table[1] <= table[2]  # the table of collapse steps needs no scrolling
+
+
+def difference(colour: str, background: str) -> int:
+    """How far apart two opaque CSS colours are, from 0 to 765."""
+    (a, b) = ([int(part) for part in re.findall(r"\d+", one)] for one in (colour, background))
+    assert len(a) == len(b) == 3
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def test_markers_say_what_they_are_and_let_the_pointer_through(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    open_page(browser, write_report([make_collapsing_run(tmp_path / "run")]), 1200)
+    figure = next(f for f in browser.find_elements(By.TAG_NAME, "figure") if f.find_element(By.TAG_NAME, "h3").text == "Entropy")
+    mark = figure.find_element(By.CLASS_NAME, "mark")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", mark)
+    ActionChains(browser).move_to_element(mark).perform()
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    assert figure.find_element(By.CLASS_NAME, "at").text == "step 25"
+    hit = "const b = arguments[0].getBoundingClientRect(); return document.elementFromPoint((b.left + b.right) / 2, b.bottom - 2)?.title"
+    assert browser.execute_script(hit, mark) == "MCS_0.25 (windowed) at step 25"
+    tick = browser.find_element(By.CSS_SELECTOR, ".plot .tick[title^=kl_spike]")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", tick)
+    assert browser.execute_script(hit, tick) == "kl_spike at step 20: kl_start is 1, above 0.1"
     assert browser.get_log("browser") == []
 
 

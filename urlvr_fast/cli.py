@@ -1,4 +1,7 @@
-"""`urlvr`: train · eval · make-base · report · doctor. Heavy imports wait until a command needs them, so that `--help` answers at once."""
+"""`urlvr`: train · eval · audit · mcs · ttt · make-base · report · doctor.
+
+Heavy imports wait until a command needs them, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import errno
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +46,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """argparse stops taking words at the first flag between them, but `urlvr train c.yaml --overwrite trainer.steps=3` should work."""
     top = parser()
     options, rest = top.parse_known_args(arguments)
-    if rest and (options.command != "train" or any(word.startswith("-") for word in rest)):
+    if rest and (options.command not in ("train", "ttt", "mcs") or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.words += rest
+        (options.models if options.command == "mcs" else options.words).extend(rest)
     return options
 
 
@@ -73,7 +77,33 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--k", type=_ks, default=[1, 8], metavar="1,8,32", help="the ks; max(k) completions are sampled (default: 1,8)")
     evaluate.add_argument("--set", nargs="*", default=[], metavar="a.b=c", help="options of `urlvr train`, such as eval.temperature=0.6")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    evaluate.add_argument("--rollouts", type=Path, metavar="FILE.jsonl", help="write the sampled rollouts there, for `urlvr audit`")
     evaluate.set_defaults(run=_eval)
+
+    audit = commands.add_parser("audit", help="every reward on saved rollouts, and how well each agrees with the answers")
+    audit.add_argument("rollouts", type=Path, metavar="ROLLOUTS.jsonl", help="of `urlvr eval --rollouts`, or samples.jsonl of a run")
+    audit.add_argument("--answers", choices=("auto", "math", "exact"), default="auto", help="how answers are read and compared")
+    audit.add_argument("--task", help="the procedural task that the prompts are of, whose checker and verifier are used then")
+    audit.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    audit.set_defaults(run=_audit)
+
+    mcs = commands.add_parser("mcs", help="rank base models by their Model Collapse Step")
+    mcs.add_argument(
+        "models", nargs="+", metavar="MODEL | a.b=c", help="model directories, hub ids, bundled:NAME; and options of `urlvr train`"
+    )
+    mcs.add_argument("--config", type=Path, metavar="FILE.yaml", help="the setting (default: configs/mcs.yaml of this package)")
+    mcs.add_argument("--seeds", type=_count, default=3, metavar="N", help="runs per model (default: %(default)s)")
+    mcs.add_argument(
+        "--out", type=Path, default=Path("runs/mcs"), help="where runs and ranking go; run again to go on (default: %(default)s)"
+    )
+    mcs.set_defaults(run=_mcs)
+
+    ttt = commands.add_parser("ttt", help="test-time training: train on the prompts that are to be answered, without labels")
+    ttt.add_argument("words", nargs="+", metavar="PROMPTS | a.b=c", help="a file of prompts, and options of `urlvr train`")
+    ttt.add_argument("--model", default="bundled", help="what to start from (default: %(default)s)")
+    ttt.add_argument("--config", type=Path, metavar="FILE.yaml", help="options of `urlvr train`")
+    ttt.add_argument("--overwrite", action="store_true", help="delete the run in run_dir first")
+    ttt.set_defaults(run=_ttt)
 
     base = commands.add_parser("make-base", help="pre-train the small arithmetic model that the quick start trains")
     base.add_argument("--out", type=Path, default=Path("runs/base"), help="where to (default: %(default)s)")
@@ -119,18 +149,87 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from urlvr_fast.trainer.config import ConfigError
+    from urlvr_fast.monitor.pass_at_k import bootstrap_interval
     from urlvr_fast.trainer.evaluate import evaluate_model
 
-    if options.json and not options.json.parent.is_dir():
-        raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}")
-    figures = evaluate_model(
-        options.model, data=options.data, split=options.split, limit=options.limit, ks=options.k, overrides=options.set
+    _check_folders(json=options.json, rollouts=options.rollouts)
+    found, prompts = evaluate_model(
+        options.model,
+        data=options.data,
+        split=options.split,
+        limit=options.limit,
+        ks=options.k,
+        overrides=options.set,
+        statistics=options.rollouts is not None,
     )
-    _table(f"{options.model}", ("metric", "value"), [(name, f"{value:.4f}") for name, value in figures.items()])
+    intervals = {name: bootstrap_interval(values) for name, values in found.per_prompt.items()}
+    rows = [(name, f"{value:.4f}", "[{:.4f}, {:.4f}]".format(*intervals[name])) for name, value in found.figures.items()]
+    _table(f"{options.model}, {len(prompts)} prompts", ("metric", "value", "95 % over prompts"), rows)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        record = found.figures | {"intervals": intervals}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if options.rollouts:
+        from urlvr_fast.trainer.rollout_file import write_rollouts
+
+        write_rollouts(options.rollouts, found.sampled[0][0], prompts.answers)
+        print(f"wrote {options.rollouts}")
     return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from urlvr_fast.trainer.audit import audit_file, table
+
+    _check_folders(json=options.json)
+    rows = audit_file(options.rollouts, answers_kind=options.answers, data_task=options.task)
+    _table(f"{options.rollouts}", *table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _mcs(options: argparse.Namespace) -> int:
+    from urlvr_fast.trainer.mcs import rank_models, summary, table
+
+    models = [word for word in options.models if "=" not in word]
+    overrides = [word for word in options.models if "=" in word]
+    config = options.config or Path(__file__).parent / "mcs.yaml"
+    ranking = rank_models(models, out=options.out, seeds=range(options.seeds), config_file=config, overrides=["log.live=off", *overrides])
+    _table("Model Collapse Step: median over seeds [earliest, latest]", *table(ranking))
+    for name, value in summary(ranking).items():
+        print(f"{name}: {value}")
+    print(f"wrote {options.out / 'mcs.json'}, {options.out / 'mcs.svg'}")
+    return 0
+
+
+def _ttt(options: argparse.Namespace) -> int:
+    from urlvr_fast.trainer.config import ConfigError
+    from urlvr_fast.trainer.ttt import configure, train_at_test_time
+
+    prompts = [word for word in options.words if "=" not in word]
+    if len(prompts) != 1:
+        raise ConfigError(f"one file of prompts, not {len(prompts)}")
+    config = configure(
+        prompts[0], model=options.model, config_file=options.config, overrides=[word for word in options.words if "=" in word]
+    )
+    status, found = train_at_test_time(config, overwrite=options.overwrite)
+    changed = [answer for answer in found if answer.before != answer.after]
+    shown = [
+        (a.prompt[-40:], str(a.before), f"{a.share_before:.2f}", str(a.after), f"{a.share_after:.2f}") for a in (changed or found)[:20]
+    ]
+    _table(f"{len(changed)} of {len(found)} answers changed", ("prompt", "before", "share", "after", "share"), shown)
+    assert config.run_dir is not None
+    print(f"answers:     {Path(config.run_dir) / 'answers.jsonl'}")
+    _show_end(Path(config.run_dir), status)
+    return INTERRUPTED if status == "interrupted" else 0
+
+
+def _check_folders(**files: Path | None) -> None:
+    """Find out before anything slow that there is nowhere to write."""
+    from urlvr_fast.trainer.config import ConfigError
+
+    for name, file in files.items():
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"--{name} {file}: there is no folder {file.parent}")
 
 
 def _make_base(options: argparse.Namespace) -> int:
@@ -162,7 +261,7 @@ def _show_end(run_dir: Path, status: str) -> None:
     print(f"checkpoints: {run_dir / 'checkpoints'}")
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 

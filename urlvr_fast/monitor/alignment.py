@@ -40,6 +40,7 @@ def alignment_metrics(
       pseudo_label_accuracy   the rollout with the highest reward is right (several of them: the share that is)
       point_biserial          correlation of reward and truth over the rollouts; 0 when either does not vary
       reward_accuracy         share of rollouts whose reward equals the true 0/1 reward; only when all rewards are 0 or 1
+      majority_reward_accuracy  the same of the majority-voting reward on these rollouts, whatever the reward that is trained on
     """
     if len(batch) == 0:
         raise ValueError("an empty batch has no metrics")
@@ -68,9 +69,11 @@ def _against_truth(
     answers: Mapping[int, str],
     checker: AnswerChecker,
 ) -> dict[str, float]:
+    is_correct = getattr(checker, "correct", checker.equivalent)
+
     def label_is_true(group: int, rows: list[int]) -> float:
         label = votes.labels[group]
-        return float(label is not None and checker.equivalent(label, answers[batch.prompt_ids[rows[0]]]))
+        return float(label is not None and is_correct(label, answers[batch.prompt_ids[rows[0]]]))
 
     def top_is_true(rows: list[int]) -> float:
         return truth[rows][rewards[rows] == rewards[rows].max()].mean().item()
@@ -78,15 +81,20 @@ def _against_truth(
     sizes = {len(rows) for rows in groups.values()}
     pass_key = f"pass@{sizes.pop()}" if len(sizes) == 1 else "pass@n"
     flat = [row for rows in groups.values() for row in rows]
+
+    def agreement(proxy: Tensor) -> float:
+        return _mean([(proxy[rows] == truth[rows]).double().mean().item() for rows in groups.values()])
+
     metrics = {
         "label_accuracy": _mean([label_is_true(group, rows) for group, rows in groups.items()]),
         "ground_truth_reward": _mean([truth[rows].mean().item() for rows in groups.values()]),
         pass_key: _mean([truth[rows].max().item() for rows in groups.values()]),
         "pseudo_label_accuracy": _mean([top_is_true(rows) for rows in groups.values()]),
         "point_biserial": point_biserial(truth[flat], rewards[flat]),
+        "majority_reward_accuracy": agreement(votes.in_winner.double()),
     }
     if bool(((rewards == 0) | (rewards == 1)).all()):
-        metrics["reward_accuracy"] = _mean([(rewards[rows] == truth[rows]).double().mean().item() for rows in groups.values()])
+        metrics["reward_accuracy"] = agreement(rewards)
     return metrics
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -65,3 +66,17 @@ def _wins(number: int, sizes: dict[int, int], silent: int, k: int) -> Fraction:
         for (drawn, ties), count in ways.items():
             wins += Fraction(math.comb(sizes[number], votes) * count * math.comb(silent, k - votes - drawn), ties + 1)
     return wins
+
+
+def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap of the mean over prompts: `values` holds one figure a prompt (avg@k, pass@k, maj@k of it).
+
+    Prompts are what is drawn again, as they are the sample; rollouts within a prompt are not independent of one another. Deterministic in
+    `seed`. One prompt has no interval but itself. Raises ValueError without values, or for a level outside (0, 1).
+    """
+    if not values or not 0 < level < 1:
+        raise ValueError(f"{len(values)} values and level={level}: one value at least, and a level between 0 and 1")
+    rng = random.Random(seed)
+    means = sorted(math.fsum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
+    tail = (1 - level) / 2
+    return means[int(tail * draws)], means[min(draws - 1, int((1 - tail) * draws))]

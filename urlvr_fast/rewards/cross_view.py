@@ -35,6 +35,7 @@ class CrossViewVoting:
     """
 
     needs: frozenset[str] = frozenset()
+    generates = True
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class Mixture:
         if isinstance(rewards, (str, Mapping)) or not rewards:
             raise RewardError('mixture: option `rewards` is a list such as [{"reward": "majority_voting", "weight": 1.0}, …], not empty')
         self.parts = [part_of(entry, build) for entry in rewards]
+        self.generates = any(getattr(part.reward, "generates", False) for part in self.parts)
         self.needs: frozenset[str] = frozenset().union(*(reward_needs(part.reward) for part in self.parts))
 
     def __call__(self, batch: RolloutBatch, policy: Policy | None = None) -> Tensor:

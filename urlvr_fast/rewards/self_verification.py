@@ -63,6 +63,7 @@ class SelfVerification:
         self.prompt: VerificationPrompt = ask if prompt is None else prompt
         self.yes, self.no = verdicts
         self.mode, self.threshold = mode, threshold
+        self.generates = mode == "generate"
         self.temperature, self.max_tokens = temperature, max_tokens
         self.question_column = question_column
 

@@ -25,6 +25,7 @@ from urlvr_fast.tasks.answer_tags import tagged_answer
 from urlvr_fast.tasks.draws import checked_counts, checked_integer, distinct, split_of, take
 
 STYLES = ("plain", "words")
+OPERATORS = "+-*/"
 LARGEST = {"plain": 9, "words": 99}  # of the numbers, where the option does not say
 
 INSTRUCTION = (
@@ -81,17 +82,22 @@ class Problem:
         return split_of(self.key)
 
 
-def random_problem(rng: random.Random, numbers: Sequence[int], largest: int, style: str) -> Problem:
-    """Numbers from 1 to `largest` and a random expression of them. All its intermediate values are positive integers, as in the game."""
+def random_problem(rng: random.Random, numbers: Sequence[int], largest: int, operators: str, style: str) -> Problem:
+    """Numbers from 1 to `largest` and a random expression of them."""
     given = [rng.randint(1, largest) for _ in range(rng.choice(numbers))]
-    parts = [(number, str(number), "") for number in given]  # value, text, outermost operator
+    target, solution = random_expression(given, operators, rng)
+    rng.shuffle(given)
+    return Problem(tuple(given), target, solution, style)
+
+
+def random_expression(numbers: Sequence[int], operators: str, rng: random.Random) -> tuple[int, str]:
+    """(value, text) of a random expression of all of `numbers`. All its intermediate values are positive integers, as in the game."""
+    parts = [(number, str(number), "") for number in numbers]  # value, text, outermost operator
     while len(parts) > 1:
         a, b = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
-        operators = ["+", "*"] + ["-"] * (a[0] > b[0]) + ["/"] * (a[0] % b[0] == 0)
-        parts.append(combined(a, rng.choice(operators), b))
-    rng.shuffle(given)
-    target, solution, _ = parts[0]
-    return Problem(tuple(given), target, solution, style)
+        possible = ["+", "*"] + ["-"] * (a[0] > b[0]) + ["/"] * (a[0] % b[0] == 0)
+        parts.append(combined(a, rng.choice([o for o in possible if o in operators]), b))
+    return parts[0][0], parts[0][1]
 
 
 def combined(a: tuple[int, str, str], operator: str, b: tuple[int, str, str]) -> tuple[int, str, str]:
@@ -111,23 +117,27 @@ def draw(
     numbers: int | Sequence[int] = (3, 4),
     largest: int | None = None,
     largest_target: int = 100,
+    operators: str = OPERATORS,
     style: str = "plain",
 ) -> list[Problem]:
     """The first `limit` (unset: 4096) problems of the seed's order; a smaller limit gives a prefix.
 
     numbers: how many numbers a problem has, one count or several equally likely ones, each 2 to 6. largest: of the numbers (unset: 9 in
-    plain style, 99 in words). largest_target: the target is 1 to this. style: `plain` or `words`.
+    plain style, 99 in words). largest_target: the target is 1 to this. operators: those of the hidden solution, `+` or `*` among them; an
+    answer may use any. style: `plain` or `words`.
 
     Raises ValueError, which says what is valid, for anything else.
     """
     if style not in STYLES:
         raise ValueError(f"countdown: style={style!r}; valid are {', '.join(STYLES)}")
+    if not isinstance(operators, str) or set(operators) - set(OPERATORS) or not set(operators) & set("+*"):
+        raise ValueError(f"countdown: operators={operators!r}; valid are some of {OPERATORS}, + or * among them")
     counts = checked_counts("countdown", "numbers", numbers, 2, 6)
     top = checked_integer("countdown", "largest", LARGEST[style] if largest is None else largest, 1, 10**6)
     checked_integer("countdown", "largest_target", largest_target, 1, 10**6)
 
     def make(rng: random.Random) -> Problem | None:
-        problem = random_problem(rng, counts, top, style)
+        problem = random_problem(rng, counts, top, operators, style)
         return problem if problem.target <= largest_target else None
 
     return take(distinct(make, split, seed, "countdown"), limit)

@@ -43,9 +43,21 @@ STEPS, BATCH_SIZE, LEARNING_RATE = 4000, 64, 6e-3
 FIRST_LESSON, EASIER_SHARE, WRONG_SHARE = 0.6, 0.3, 0.4
 
 
-def bundled_model_path() -> Path:
-    """The directory of the base model that ships with the package, for `from_pretrained` and for vLLM."""
-    return Path(__file__).resolve().parents[1] / "bundled" / "arithmetic"
+def bundled_model_path(name: str = "arithmetic") -> Path:
+    """The directory of a base model that ships with the package, for `from_pretrained` and for vLLM.
+
+    name: `arithmetic`, the model of the quick start; `arithmetic-800` … `arithmetic-3000`, the same recipe cut to fewer steps, so weaker
+    and weaker; `countdown` (`countdown_base`). Raises ConfigError for any other.
+    """
+    folder = Path(__file__).resolve().parents[1] / "bundled"
+    if not (folder / name / "config.json").is_file():
+        raise ConfigError(f"no model called {name!r} is bundled; there are {', '.join(bundled_models())}")
+    return folder / name
+
+
+def bundled_models() -> list[str]:
+    """The names that `bundled_model_path` takes."""
+    return sorted(path.parent.name for path in (Path(__file__).resolve().parents[1] / "bundled").glob("*/config.json"))
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

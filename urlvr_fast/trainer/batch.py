@@ -19,6 +19,8 @@ from torch import Tensor
 
 from urlvr_fast.trainer.rollout import Completion
 
+PER_TOKEN = ("sampled_logp", "entropy", "self_certainty", "prob_gap", "old_logp", "ref_logp")  # fields that are (R,)
+
 
 @dataclass
 class RolloutBatch:
@@ -38,6 +40,9 @@ class RolloutBatch:
     entropy: Tensor | None = None
     self_certainty: Tensor | None = None
     prob_gap: Tensor | None = None
+    # Log-probs of the response tokens, (R,) fp32, under the trainer's weights before the batch's first update, and under the start model's.
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -92,7 +97,7 @@ class RolloutBatch:
                 continue
             if isinstance(value, list):
                 changes[f.name] = [value[r] for r in rows]
-            elif f.name in ("sampled_logp", "entropy", "self_certainty", "prob_gap"):
+            elif f.name in PER_TOKEN:
                 changes[f.name] = spans(value, response_spans)
             else:
                 changes[f.name] = value[index]

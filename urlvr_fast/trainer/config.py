@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from urlvr_fast.errors import ExplainedError
+from urlvr_fast.monitor.detectors import Detectors
 
 
 class ConfigError(ExplainedError, ValueError):
@@ -55,7 +56,10 @@ class AnswersConfig:
 @dataclass
 class RolloutConfig:
     engine: str = option("vllm", "`vllm`, or `hf` (transformers with a KV cache: slower, for where vLLM cannot be installed).")
-    group_size: int = option(8, "Rollouts per prompt (the paper's N).")
+    group_size: int = option(8, "Rollouts per prompt that are trained on (the paper's N).")
+    votes: int | None = option(
+        None, "Rollouts per prompt that vote, at least group_size; those beyond it are not trained on (TTRL: 64 vote, 32 are trained on)."
+    )
     temperature: float = option(1.0, "Sampling temperature; the losses use the same.")
     max_tokens: int = option(512, "Longest response, in tokens.")
     stop_token_ids: list[int] = option([], "End-of-sequence ids. Empty: the model's own.")
@@ -86,6 +90,10 @@ class LossConfig:
     eps_high: float = option(0.28, "Upper clip range of the ratio.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
     self_certainty_coef: float = option(0.0, "Weight of the self-certainty bonus.")
+    kl_coef: float = option(
+        0.0, "Weight of the KL to the model that training started from (the paper's ablation: 0.005). Costs a copy of it."
+    )
+    kl: str = option("k3", "Estimator of that KL: `k1`, `k2` or `k3`.")
     rollout_correction: str | None = option(None, "Importance weights against the engine's log-probs: `truncate`, `mask`, or unset.")
 
 
@@ -93,6 +101,10 @@ class LossConfig:
 class TrainerConfig:
     steps: int = option(300, "Optimiser steps; a step is one batch of rollouts.")
     prompts_per_step: int = option(64, "Prompts in a batch.")
+    mini_batch_prompts: int | None = option(
+        None,
+        "Prompts per optimiser step. Unset: all of the batch, so one step, on-policy; fewer make several steps, later ones off-policy.",
+    )
     lr: float = option(1e-6, "Peak learning rate of AdamW.")
     lr_schedule: str = option("constant", "`constant` or `cosine` (to a tenth of the peak).")
     warmup_steps: int = option(0, "Linear warm-up.")
@@ -125,6 +137,27 @@ class EvalConfig:
 
 
 @dataclass
+class MonitorConfig:
+    on_collapse: str = option(
+        "warn",
+        "What the default stop rule, `anchor_drift`, does when it fires: `warn`, `stop`, `lower_rate`, `rollback` (to the newest "
+        "evaluation before which nothing had fired; then stop), `off`. It looks at evaluations: trainer.eval_every sets how soon.",
+    )
+    actions: dict[str, str] = option({}, "The same of other detectors, by name (`urlvr_fast.monitor.detectors.RULES`); unnamed ones warn.")
+    thresholds: dict[str, float] = option({}, "Thresholds of detectors, by name, in the place of their own.")
+    anchor_votes: int = option(
+        16, "Rollouts of each evaluation prompt, before training, whose clear votes `anchor_drift` holds later answers against."
+    )
+    stop_at_collapse: float | None = option(
+        None, "Stop once Reward Accuracy has stayed below this for five steps: the Model Collapse Step, exact, so it needs answers."
+    )
+    rate_factor: float = option(0.3, "What `lower_rate` multiplies the learning rate by.")
+    kl_every: int = option(
+        10, "Measure the KL (k3, nats per token) to the model that training started from every so many steps; 0: never. Costs a copy of it."
+    )
+
+
+@dataclass
 class LogConfig:
     live: str = option("auto", "Live view in the terminal: `auto`, `on`, `off`.")
     tensorboard: bool = option(False, "Write TensorBoard events beside metrics.jsonl.")
@@ -133,8 +166,11 @@ class LogConfig:
 
 @dataclass
 class Config:
-    model: str = option("bundled", "What to train: a directory or hub id for `AutoModelForCausalLM.from_pretrained`, or `bundled`.")
+    model: str = option(
+        "bundled", "What to train: a directory or hub id for `AutoModelForCausalLM.from_pretrained`, `bundled` or `bundled:NAME`."
+    )
     data: str = option("arithmetic", "Prompts: a .jsonl, .json or .parquet file, a `datasets` directory or hub name, or a procedural task.")
+    data_options: dict[str, Any] = option({}, "Keyword arguments of a procedural task's draw, such as its difficulty.")
     reward: str = option("majority_voting", "A reward's name, a dotted path, or `file.py:function`.")
     reward_options: dict[str, Any] = option(
         {}, "Keyword arguments for the reward. A `reward=…` on the command line drops those of the file."
@@ -147,6 +183,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -159,6 +196,8 @@ CHOICES = {
     "loss.loss_type": ("reinforce", "grpo", "dapo", "bnpo", "dr_grpo", "gspo", "luspo", "gmpo", "cispo", "sapo"),
     "loss.advantage_scale": ("group", "batch", "none"),
     "loss.baseline": ("mean", "leave_one_out"),
+    "loss.kl": ("k1", "k2", "k3"),
+    "monitor.on_collapse": ("off", "warn", "stop", "lower_rate", "rollback"),
     "loss.rollout_correction": ("truncate", "mask", None),
     "trainer.lr_schedule": ("constant", "cosine"),
     "trainer.dtype": ("auto", "float32", "bfloat16"),
@@ -174,6 +213,12 @@ MINIMUM = {
     "answers.timeout_s": 0.1,
     "trainer.steps": 0,
     "trainer.prompts_per_step": 1,
+    "trainer.mini_batch_prompts": 1,
+    "rollout.votes": 1,
+    "loss.kl_coef": 0,
+    "monitor.kl_every": 0,
+    "monitor.anchor_votes": 1,
+    "monitor.stop_at_collapse": 0,
     "trainer.micro_batch_tokens": 1,
     "trainer.stop_after": 1,
     "trainer.lr": 0,
@@ -244,6 +289,16 @@ def check(config: Config) -> None:
         raise ConfigError("eval.temperature must be above 0 and eval.top_p in (0, 1]; greedy accuracy is measured in any case")
     if not 0 < config.rollout.gpu_memory <= 1 or config.rollout.kv_cache_gib <= 0 or config.trainer.grad_clip <= 0:
         raise ConfigError("rollout.gpu_memory must be in (0, 1], rollout.kv_cache_gib and trainer.grad_clip above 0")
+    if config.rollout.votes is not None and config.rollout.votes < config.rollout.group_size:
+        raise ConfigError(
+            f"rollout.votes={config.rollout.votes} is fewer than rollout.group_size={config.rollout.group_size}, and all of those vote"
+        )
+    if not 0 < config.monitor.rate_factor < 1:
+        raise ConfigError(f"monitor.rate_factor={config.monitor.rate_factor} must be between 0 and 1")
+    try:
+        Detectors(config.monitor.actions, config.monitor.thresholds)
+    except ValueError as error:
+        raise ConfigError(f"monitor.actions or monitor.thresholds: {error}") from None
     if config.trainer.device == "auto" or config.trainer.device.split(":")[0] in ("cpu", "cuda"):
         return
     raise ConfigError(f"trainer.device={config.trainer.device!r}: valid are auto, cpu, cuda, cuda:N")

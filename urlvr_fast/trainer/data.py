@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urlvr_fast.tasks.prompt_set import PROCEDURAL_TASKS, PromptSet, load_prompts
+from urlvr_fast.tasks.prompt_set import PromptSet, is_procedural, load_prompts
 from urlvr_fast.trainer.config import Config, ConfigError
 from urlvr_fast.trainer.model import LoadedModel
 from urlvr_fast.trainer.prompts import EncodedPrompts, encode_prompts
@@ -16,7 +16,7 @@ EVALUATION_DRAW = 0  # seed of a procedural task's evaluation prompts: the same 
 def load_evaluation(config: Config, loaded: LoadedModel, training: Loaded | None = None) -> Loaded:
     """The `eval.prompts` prompts that a run evaluates itself on: `eval.data`; without it the held-out split of a procedural task, or the
     first of the training prompts."""
-    if config.eval.prompts and (config.eval.data or config.data in PROCEDURAL_TASKS):
+    if config.eval.prompts and (config.eval.data or is_procedural(config.data)):
         return load_encoded(config, loaded, config.eval.data or config.data, config.eval.split, config.eval.prompts, EVALUATION_DRAW)
     prompts, encoded = training or load_encoded(config, loaded, config.data, config.prompts.split, config.prompts.limit, config.seed)
     return prompts, encoded.select(range(min(config.eval.prompts, len(encoded))))
@@ -42,6 +42,7 @@ def load_encoded(config: Config, loaded: LoadedModel, spec: str, split: str, lim
         answer_column=options.answer_column,
         answers=config.answers.kind,
         timeout_s=config.answers.timeout_s,
+        options=config.data_options if spec == config.data else None,
     )
     encoded = encode_prompts(
         prompts,

@@ -9,6 +9,7 @@ Parameters are fp32 always; with `trainer.dtype=bfloat16` the products run under
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,9 +77,29 @@ class Learner:
         if trainer.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._head = find_head(model)
+        self._start: tuple[Any, Head] | None = None
+        self.rate_scale = 1.0  # what a detector has lowered the learning rate by
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=trainer.lr, weight_decay=trainer.weight_decay, betas=(0.9, 0.999)
         )
+
+    def keep_start(self, start: Any = None) -> None:
+        """Keep a frozen copy of `start`, or of the present weights, for `start_logp`: the reference of every KL."""
+        start = copy.deepcopy(self.model) if start is None else start
+        start.requires_grad_(False).eval()
+        self._start = start, find_head(start)
+
+    @torch.no_grad()
+    def start_logp(self, batch: RolloutBatch) -> Tensor:
+        """(R,) fp32: log-probs of the response tokens under the model that training started from, at the batch's temperature."""
+        if self._start is None:
+            raise RuntimeError("keep_start was not called: there is no copy of the start model")
+        own = self.model, self._head
+        self.model, self._head = self._start
+        try:
+            return self.score(batch, ("logp",))["logp"]
+        finally:
+            self.model, self._head = own
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters by name, as an engine takes them: a tied weight comes under each of its names, since engines may keep copies of it."""
@@ -116,7 +137,7 @@ class Learner:
         `actor_entropy` and `logp_gap_max` over all response tokens, `loss`, clip fractions, counts.
         """
         trained = torch.ones(len(batch), dtype=torch.bool) if batch.train_mask is None else batch.train_mask
-        regularised = bool(self._loss.entropy_coef or self._loss.self_certainty_coef)
+        regularised = bool(self._loss.entropy_coef or self._loss.self_certainty_coef or self._loss.kl_coef)
         live = trained if regularised else trained & (advantages != 0)
         response_tokens = int(batch.response_lens.sum())
         tokens = int(batch.response_lens[trained].sum())
@@ -133,6 +154,8 @@ class Learner:
                     advantages=advantages[rows].to(self._device),
                     cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(self._device),
                     rollout_logp=batch.sampled_logp[where].to(self._device),
+                    old_logp=None if batch.old_logp is None else batch.old_logp[where].to(self._device),
+                    ref_logp=batch.ref_logp[where].to(self._device) if batch.ref_logp is not None and self._loss.kl_coef else None,
                     temperature=batch.temperature,
                     chunk_bytes=self._trainer.chunk_bytes,
                     **self._loss_options(tokens, int(trained.sum())),
@@ -150,7 +173,7 @@ class Learner:
 
     def update(self, step: int) -> dict[str, float]:
         """Clip the gradient and take the step; a gradient that is not finite is dropped. Returns `grad_norm`, `lr` and `skipped`."""
-        rate = learning_rate(step, self._trainer)
+        rate = learning_rate(step, self._trainer) * self.rate_scale
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._trainer.grad_clip))
@@ -183,6 +206,8 @@ class Learner:
             "max_length": self._max_response_tokens,
             "eps_low": loss.eps_low,
             "eps_high": loss.eps_high,
+            "beta": loss.kl_coef,
+            "kl": loss.kl,
             "entropy_coef": loss.entropy_coef,
             "self_certainty_coef": loss.self_certainty_coef,
             "rollout_correction": loss.rollout_correction,

@@ -5,17 +5,21 @@ A run directory holds:
   config.yaml     the resolved configuration, written before the log opens
   run.json        {"started", "finished", "status": running | finished | interrupted | stopped | failed, "reason", "seed",
                    "versions": {package: version}, "machine", "command": [...], "resumed": [{"step", "time"}],
-                   "warnings": [{"step", "message"}]}; times are ISO 8601 in UTC
+                   "warnings": [{"step", "message"}],
+                   "detections": [{"step", "detector", "action", "value", "limit", "message"}]}; times are ISO 8601 in UTC
   metrics.jsonl   one line a step: {"step", "wall_s", metrics…}; step 0 is before training; evaluations are keys "eval/…"
   samples.jsonl   {"step", "prompt_id", "group", "prompt", "completion", "answer", "class", "in_majority", "reward", "advantage",
                    "correct" (true, false or null), "finish_reason", "length"}
+  votes.jsonl     {"step", "prompt_id", "prompt", "answer", "share", "greedy"}: the vote on each evaluation prompt, before and after
+  anchors.json    {prompt id: answer}: what the start model was sure of on the evaluation prompts (`monitor.anchors`); no labels
   summary.json    {"before_after": [{"metric", "before", "after"}], "timing": {...}}
   checkpoints/step-000150/, tensorboard/, wandb/, report.html
 
 Metrics: reward (mean proxy reward), reward_std, majority_voting_reward, ground_truth_reward, label_accuracy, reward_accuracy,
 pseudo_label_accuracy, majority_ratio, pass@8, parse_rate, point_biserial, actor_entropy (nats per token), response_length (tokens),
 truncated_rate, logp_gap_max (nats), stats_gap_max (in the first step of a run), loss, grad_norm, lr, clip_frac_low, clip_frac_high,
-live_rollouts, rollout_tokens_per_s, train_tokens_per_s, step_s, rollout_s, train_s, sync_s, eval/greedy_accuracy, eval/avg@8,
+live_rollouts, kl_start (nats per token), flat_groups, repetition, top_answer_share, majority_reward_accuracy,
+rollout_tokens_per_s, train_tokens_per_s, step_s, rollout_s, train_s, sync_s, eval/greedy_accuracy, eval/avg@8,
 eval/majority_voting_reward, eval/pass@8, eval/maj@8. Any may be missing: without labels there is no ground truth. NaN and infinity are
 null.
 
@@ -25,6 +29,7 @@ Lines are appended whole, so a reader meets a torn line only at the end of a fil
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import importlib.metadata
@@ -40,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from urlvr_fast.errors import LogError
+from urlvr_fast.monitor.detectors import Detection
 from urlvr_fast.trainer.live_view import LiveView, PlainView, printable, view_class
 
 STATUSES = ("running", "finished", "interrupted", "stopped", "failed")
@@ -240,7 +246,7 @@ class RunLog:
         self.run_dir = Path(run_dir)
         self._sinks = sink_modules(tensorboard, wandb)  # first: nothing is written when a package is missing
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        metrics_path, samples_path = self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"
+        metrics_path, samples_path, votes_path = (self.run_dir / f"{name}.jsonl" for name in ("metrics", "samples", "votes"))
         if resume_step is None and metrics_path.exists() and metrics_path.stat().st_size:
             raise LogError(f"{self.run_dir} already holds a run: continue it with --resume or replace it with --overwrite")
         config = _config(self.run_dir)
@@ -248,11 +254,11 @@ class RunLog:
         self._wall_before, damage = 0.0, 0
         if resume_step is not None:
             last, damaged_metrics = _cut(metrics_path, resume_step)
-            _, damaged_samples = _cut(samples_path, resume_step)
+            damaged_samples = sum(_cut(path, resume_step)[1] for path in (samples_path, votes_path))
             self._wall_before = float((last or {}).get("wall_s") or 0.0)
             damage = damaged_metrics + damaged_samples
         self._start = time.monotonic()
-        self._metrics, self._samples = _JsonlFile(metrics_path), _JsonlFile(samples_path)
+        self._metrics, self._samples, self._votes = (_JsonlFile(path) for path in (metrics_path, samples_path, votes_path))
         self._writers = [sink(self.run_dir, config, resume_step, self._run["started"]) for sink in self._sinks]
         self._save()
         self._view: PlainView | LiveView = view_class(live)(
@@ -275,11 +281,21 @@ class RunLog:
         """Append sampled rollouts of a step; the keys are in the module's docstring."""
         self._samples.append({"step": step, **row} for row in rows)
 
+    def votes(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Append each evaluation prompt's vote; the keys are in the module's docstring."""
+        self._votes.append({"step": step, **row} for row in rows)
+
     def warn(self, step: int, message: str) -> None:
         """Show a warning where it cannot be missed, and keep it in run.json."""
         self._run["warnings"].append({"step": step, "message": message})
         self._save()
         self._view.warn(step, printable(message))
+
+    def detect(self, detection: Detection) -> None:
+        """Show what a detector found, and keep it in run.json."""
+        self._run["detections"].append(dataclasses.asdict(detection))
+        self._save()
+        self._view.warn(detection.step, printable(f"{detection.message} [{detection.action}]"))
 
     def status(self, status: str, reason: str = "") -> None:
         """Record what became of the run, and why in a sentence."""
@@ -314,6 +330,7 @@ class RunLog:
             self._view.close(self._run["status"], printable(self._run["reason"]))
             self._metrics.close()
             self._samples.close()
+            self._votes.close()
             for writer in self._writers:
                 writer.close(failed=self._run["status"] == "failed")
 
@@ -342,6 +359,7 @@ def _new_run(config: dict[str, Any]) -> dict[str, Any]:
         "command": list(sys.argv),
         "resumed": [],
         "warnings": [],
+        "detections": [],
     }
 
 
@@ -352,7 +370,8 @@ def _resumed_run(path: Path, config: dict[str, Any], step: int) -> dict[str, Any
         before = json.loads(path.read_bytes())
         run["started"] = before.get("started", run["started"])
         run["resumed"] = [r for r in before.get("resumed", []) if r["step"] <= step]
-        run["warnings"] = [w for w in before.get("warnings", []) if w["step"] <= step]
+        for name in ("warnings", "detections"):
+            run[name] = [found for found in before.get(name, []) if found["step"] <= step]
     run["resumed"].append({"step": step, "time": _now()})
     return run
 

@@ -1,9 +1,10 @@
 """The training loop: GRPO with rewards that need no label.
 
 What was left out of GRPO, and why:
-  * no reference model and no KL term: the paper's default has none, and its ablation found that KL moves collapse without preventing it;
+  * no KL term unless `loss.kl_coef` asks for one: the paper's default has none, and its ablation found that KL moves collapse without
+    preventing it (a copy of the start model is kept to measure the distance; `monitor.kl_every=0` drops it);
   * no ratio and no clipping in effect: one update per batch of rollouts, so the policy that is trained is the one that sampled (`old_logp`
-    is absent, which makes every ratio 1);
+    is absent, which makes every ratio 1), unless `trainer.mini_batch_prompts` cuts the batch into several updates;
   * no importance weights against the engine by default: the log-prob gap between engine and trainer is measured every step instead,
     and the run stops when it is more than rounding;
   * no forward of the old policy: what certainty rewards need is taken while the engine samples (`rollout.stats`), so a step is one
@@ -13,11 +14,12 @@ What stays: N rollouts a prompt, advantages normalised within the group, a token
 clipped at 1.
 
 A step: prompts -> rollouts -> rewards (which see no answer) -> advantages -> one update -> the engine takes the new weights ->
-metrics (which may see answers). Run it with `urlvr train configs/quickstart.yaml`.
+metrics (which may see answers) -> detectors (which do not), which may stop the run. Run it with `urlvr train configs/quickstart.yaml`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -25,7 +27,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -36,8 +38,13 @@ from torch import Tensor
 
 from urlvr_fast.errors import ExplainedError
 from urlvr_fast.monitor.alignment import alignment_metrics
+from urlvr_fast.monitor.anchors import Anchors
+from urlvr_fast.monitor.collapse import collapse_steps, model_collapse_step, reward_accuracy_series
+from urlvr_fast.monitor.detectors import STOP_RULE, Detection, Detectors
 from urlvr_fast.monitor.hacking import RewardAlarm
+from urlvr_fast.monitor.signals import signals
 from urlvr_fast.ops import group_advantages
+from urlvr_fast.ops.reference import kl_estimate
 from urlvr_fast.report import ReportError, write_report
 from urlvr_fast.rewards import Reward
 from urlvr_fast.rewards.ensemble import Votes, vote
@@ -49,13 +56,15 @@ from urlvr_fast.trainer.batch import RolloutBatch
 from urlvr_fast.trainer.checkpoint import load_optimizer, save_checkpoint
 from urlvr_fast.trainer.config import Config
 from urlvr_fast.trainer.data import load_encoded, load_evaluation
-from urlvr_fast.trainer.evaluate import EVAL_SEED, evaluate, sample_batch
+from urlvr_fast.trainer.evaluate import EVAL_SEED, Evaluation, evaluate, sample_batch
 from urlvr_fast.trainer.learner import Learner, larger
-from urlvr_fast.trainer.logging import RunLog, read_jsonl, sink_modules
+from urlvr_fast.trainer.logging import RunLog, read_jsonl, sink_modules, write_json
 from urlvr_fast.trainer.model import LoadedModel, build_rollout, check_engine, load_model, resolve_model
 from urlvr_fast.trainer.policy import Policy
 from urlvr_fast.trainer.prompts import EncodedPrompts
 from urlvr_fast.trainer.rollout import Rollout, RolloutError, Sampling, mixed_seed
+
+ANCHOR_SEED = EVAL_SEED - 1
 
 
 class TrainingStopped(ExplainedError, RuntimeError):
@@ -77,7 +86,11 @@ class Run:
     learner: Learner
     log: RunLog
     alarm: RewardAlarm
+    detectors: Detectors
+    anchors: Anchors | None = None  # set by the first evaluation
     stats_checked: bool = False  # whether statistics taken while sampling were compared with the trainer's
+    good_weights: dict[str, Tensor] | None = None  # what `rollback` goes back to
+    good_step: int = 0
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> str:
@@ -93,13 +106,25 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> s
     loaded = load_model(config, str(checkpoint) if checkpoint else resolve_model(config.model))
     prompts, encoded = load_encoded(config, loaded, config.data, config.prompts.split, config.prompts.limit, config.seed)
     eval_prompts, eval_encoded = load_evaluation(config, loaded, (prompts, encoded))
-    reward = build_reward(config.reward, checker=prompts.checker, answers=prompts.answers, options=config.reward_options)
+    reward = build_reward(
+        config.reward,
+        checker=prompts.checker,
+        answers=prompts.answers,
+        options=config.reward_options,
+        verify=prompts.verify,
+        verification_prompt=prompts.verification_prompt,
+        verdicts=prompts.verdicts,
+    )
     learner = Learner(
         loaded.model, trainer=config.trainer, loss=config.loss, dtype=loaded.dtype, max_response_tokens=config.rollout.max_tokens
     )
     done = load_optimizer(checkpoint, loaded.model, learner.optimizer) if checkpoint else 0
-    longest = max(map(len, encoded.token_ids + eval_encoded.token_ids))
-    rollout = build_rollout(config, loaded, longest + config.rollout.max_tokens, statistics=bool(statistics_sampled(config, reward)))
+    if config.loss.kl_coef or config.monitor.kl_every:
+        learner.keep_start(load_model(config, resolve_model(config.model)).model if checkpoint else None)
+    longest = max(map(len, encoded.token_ids + eval_encoded.token_ids)) + config.rollout.max_tokens
+    if getattr(reward, "generates", False):
+        longest = loaded.context  # its prompts are of its own making
+    rollout = build_rollout(config, loaded, longest, statistics=bool(statistics_sampled(config, reward)))
     try:
         rollout.sync(learner.weights())
         path = run_dir.create(config, resume=resume)
@@ -114,7 +139,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> s
                 resume_step=done if resume else None,
             ) as log,
         ):
-            run = Run(config, loaded, prompts, encoded, eval_prompts, eval_encoded, reward, rollout, learner, log, RewardAlarm())
+            detectors = Detectors({STOP_RULE: config.monitor.on_collapse, **config.monitor.actions}, config.monitor.thresholds)
+            run = Run(config, loaded, prompts, encoded, eval_prompts, eval_encoded, reward, rollout, learner, log, RewardAlarm(), detectors)
+            if done:
+                take_up_monitor(run)
             return run_steps(run, done)
     finally:
         rollout.close()
@@ -124,37 +152,52 @@ def run_steps(run: Run, done: int) -> str:
     """Steps `done` + 1 … trainer.steps, with evaluations, checkpoints and an orderly end. Returns the status."""
     config, log = run.config, run.log
     step, saved, bad_steps = done, done, 0
+    ended: Detection | None = None
     started = time.perf_counter()
     with interrupts() as interrupted:
         if done == 0:
             warn_of_skipped(run)
-            log.metrics(0, evaluation(run, config.eval.samplings))
+            metrics = evaluation(run, config.eval.samplings, votes_at=0)
+            log.metrics(0, metrics)
+            detect(run, 0, metrics)
             saved = -1
-        while step < config.trainer.steps and step != config.trainer.stop_after and not interrupted:
+        while step < config.trainer.steps and step != config.trainer.stop_after and not interrupted and ended is None:
             step += 1
             metrics = training_step(run, step)
             if step == config.trainer.steps:
-                metrics |= evaluation(run, config.eval.samplings)
+                metrics |= evaluation(run, config.eval.samplings, votes_at=step)
             elif config.trainer.eval_every and step % config.trainer.eval_every == 0:
                 metrics |= evaluation(run, 1)
             log.metrics(step, metrics)
+            ended = detect(run, step, metrics)
+            ended = ended or collapsed(run, step)
             bad_steps = bad_steps + 1 if metrics["skipped"] else 0
             if bad_steps >= config.trainer.max_bad_steps:
                 raise TrainingStopped(f"the gradient was not finite in {bad_steps} steps running, the last of them step {step}")
             if config.trainer.save_every and step % config.trainer.save_every == 0:
                 save(run, step)
                 saved = step
-        if saved != step:
+        # What is left may be the weights of an earlier step, and in any case has not been looked at closely.
+        after = evaluation(run, config.eval.samplings, votes_at=step) if ended is not None else None
+        if saved != step or (ended is not None and ended.action == "rollback"):
             save(run, step)
     for message in run.alarm.final():
         log.warn(step, message)
-    if step == config.trainer.steps:
+    if ended is not None:
+        status, reason = "stopped", f"step {step}, {ended.message}" + went_back(run, ended)
+    elif step == config.trainer.steps:
         status, reason = "finished", f"all {step} steps were made"
     elif interrupted:
         status, reason = "interrupted", f"{interrupted[0]} after step {step}; --resume goes on from here"
     else:
         status, reason = "stopped", f"trainer.stop_after={step}; --resume goes on from here"
-    log.summary({"before_after": before_after(log), "timing": {"training_s": time.perf_counter() - started}})
+    log.summary(
+        {
+            "before_after": before_after(log, after),
+            "collapse": collapse_summary(log),
+            "timing": {"training_s": time.perf_counter() - started},
+        }
+    )
     log.status(status, reason)
     return status
 
@@ -173,21 +216,25 @@ def training_step(run: Run, step: int) -> dict[str, float]:
     config, learner = run.config, run.learner
     seed = mixed_seed(config.seed, step)
     statistics = statistics_sampled(config, run.reward)
-    sampling = Sampling(config.rollout.group_size, config.rollout.temperature, config.rollout.max_tokens, statistics=statistics)
+    votes_per_prompt = config.rollout.votes or config.rollout.group_size
+    sampling = Sampling(votes_per_prompt, config.rollout.temperature, config.rollout.max_tokens, statistics=statistics)
     clock = [time.perf_counter()]
 
     batch = sample_batch(run.rollout, run.prompts, run.encoded, positions(run, step), sampling, seed, run.loaded.decode)
+    if votes_per_prompt > config.rollout.group_size:
+        batch.train_mask = torch.arange(len(batch)) % votes_per_prompt < config.rollout.group_size
     clock.append(time.perf_counter())
 
-    gaps = fill_statistics(run, batch)
-    rewards = call_reward(run.reward, batch, Policy(run.loaded, run.rollout, learner, seed))
-    advantages = group_advantages(
-        rewards, batch.group_ids, scale=config.loss.advantage_scale, baseline=config.loss.baseline, mask=batch.train_mask
-    )
-    metrics = learner.accumulate(batch, advantages)
-    metrics |= gaps | {"logp_gap_max": larger(gaps.get("logp_gap_max", 0.0), metrics["logp_gap_max"])}
-    check_gaps(run, step, metrics)
-    metrics |= learner.update(step)
+    figures = fill_statistics(run, batch)
+    rewards = call_reward(run.reward, batch, Policy(run.loaded, run.rollout, learner, seed, chat=chat_prompts(run)))
+    if getattr(run.reward, "returns_advantages", False):
+        advantages = rewards
+    else:
+        advantages = group_advantages(
+            rewards, batch.group_ids, scale=config.loss.advantage_scale, baseline=config.loss.baseline, mask=batch.train_mask
+        )
+    figures |= start_distance(run, step, batch)
+    metrics = learn(run, step, batch, advantages, figures)
     clock.append(time.perf_counter())
 
     run.rollout.sync(learner.weights())
@@ -195,7 +242,7 @@ def training_step(run: Run, step: int) -> dict[str, float]:
 
     votes = vote(batch, run.prompts.checker)
     metrics |= alignment_metrics(batch, rewards, run.prompts.answers, run.prompts.checker, votes=votes)
-    metrics |= shape_metrics(batch, rewards)
+    metrics |= signals(batch, rewards, votes)
     rollout_s, train_s, sync_s = (b - a for a, b in pairwise(clock))
     tokens = batch.sampled_logp.numel()
     metrics |= {
@@ -213,6 +260,132 @@ def training_step(run: Run, step: int) -> dict[str, float]:
     if step == 1 or step == config.trainer.steps or (config.trainer.samples_every and step % config.trainer.samples_every == 0):
         run.log.samples(step, sample_rows(run, batch, votes, rewards, advantages))
     return metrics
+
+
+def learn(run: Run, step: int, batch: RolloutBatch, advantages: Tensor, figures: dict[str, float]) -> dict[str, float]:
+    """The batch's optimiser steps: one, or one per `trainer.mini_batch_prompts` prompts. Returns the metrics, `figures` among them.
+
+    Of several, means are weighted by their rollouts; `grad_norm` is the largest and `skipped` says whether any was.
+    """
+    parts = mini_batches(batch, run.config.trainer.mini_batch_prompts)
+    if len(parts) > 1:
+        batch.old_logp = run.learner.score(batch, ("logp",))["logp"]
+        figures["logp_gap_max"] = larger(figures.get("logp_gap_max", 0.0), largest_gap(batch.old_logp, batch.sampled_logp))
+    metrics: dict[str, float] = {}
+    for rows in parts:
+        part = batch if len(parts) == 1 else batch.select(rows)
+        own = run.learner.accumulate(part, advantages if len(parts) == 1 else advantages[rows])
+        if len(parts) == 1:
+            figures["logp_gap_max"] = larger(figures.get("logp_gap_max", 0.0), own["logp_gap_max"])
+        check_gaps(run, step, figures)
+        own |= run.learner.update(step)
+        for name, value in own.items():
+            if name in ("grad_norm", "skipped"):
+                metrics[name] = larger(metrics.get(name, 0.0), value)
+            elif name == "live_rollouts":
+                metrics[name] = metrics.get(name, 0.0) + value
+            else:
+                metrics[name] = metrics.get(name, 0.0) + value * len(rows) / len(batch)
+    return metrics | figures
+
+
+def mini_batches(batch: RolloutBatch, prompts: int | None) -> list[list[int]]:
+    """The rollouts of `prompts` groups at a time, in the batch's order; all of them at once when unset."""
+    groups = list(batch.groups().values())
+    size = prompts or len(groups)
+    return [[row for rows in groups[start : start + size] for row in rows] for start in range(0, len(groups), size)]
+
+
+def start_distance(run: Run, step: int, batch: RolloutBatch) -> dict[str, float]:
+    """`kl_start`: KL to the start model of the policy that sampled, k3, mean over response tokens; now and then.
+
+    k3 of samples from the policy itself estimates KL(policy ‖ start) without bias (`kl_estimate`).
+    """
+    every = run.config.monitor.kl_every
+    wanted = every and (step == 1 or step % every == 0)
+    if not (wanted or run.config.loss.kl_coef):
+        return {}
+    batch.ref_logp = run.learner.start_logp(batch)
+    return {"kl_start": float(kl_estimate(batch.sampled_logp.double(), batch.ref_logp.double(), "k3").mean())}
+
+
+def chat_prompts(run: Run) -> bool:
+    """Whether the run's prompts go through the tokenizer's chat template."""
+    return run.config.prompts.template != "plain" and bool(getattr(run.loaded.tokenizer, "chat_template", None))
+
+
+def detect(run: Run, step: int, metrics: dict[str, float]) -> Detection | None:
+    """Let the detectors look at a step, and do what was asked for what they find. Returns the detection that ends the run, if one does."""
+    config, ended = run.config.monitor, None
+    found = run.detectors.update(step, metrics)
+    for detection in found:
+        run.log.detect(detection)
+        if detection.action == "lower_rate":
+            run.learner.rate_scale *= config.rate_factor
+        elif detection.action in ("stop", "rollback"):
+            ended = ended or detection
+    if ended is not None and ended.action == "rollback" and run.good_weights is not None:
+        run.loaded.model.load_state_dict(run.good_weights)
+        run.rollout.sync(run.learner.weights())
+    elif "rollback" in (config.on_collapse, *config.actions.values()) and run.detectors.calm and "eval/anchor_agreement" in metrics:
+        run.good_weights = {name: value.detach().clone() for name, value in run.loaded.model.state_dict().items()}
+        run.good_step = step
+    return ended
+
+
+def collapsed(run: Run, step: int) -> Detection | None:
+    """The end of a run that `monitor.stop_at_collapse` asked to end at its Model Collapse Step. It is exact, so it needs answers."""
+    threshold = run.config.monitor.stop_at_collapse
+    if threshold is None:
+        return None
+    steps, accuracy = reward_accuracy_series(read_jsonl(run.log.run_dir / "metrics.jsonl"))
+    reached = model_collapse_step(steps, accuracy, threshold) if steps else None
+    if reached is None or reached.persistent is None or reached.windowed is None:
+        return None
+    sentence = f"Reward Accuracy has stayed below {threshold:g} since step {reached.persistent} (monitor.stop_at_collapse)"
+    return Detection(step, "stop_at_collapse", "stop", accuracy[-1], threshold, sentence)
+
+
+def vote_rows(run: Run, found: Evaluation) -> list[dict[str, object]]:
+    """The last sampling's vote and the greedy answer on each evaluation prompt."""
+    batch, votes = found.sampled[-1]
+    assert found.greedy is not None
+    greedy = dict(zip(found.greedy.prompt_ids, found.greedy.completions, strict=True))
+    return [
+        {
+            "prompt_id": (prompt_id := batch.prompt_ids[rows[0]]),
+            "prompt": batch.prompts[rows[0]],
+            "answer": votes.labels[group],
+            "share": votes.ratios[group],
+            "greedy": run.eval_prompts.checker.extract(greedy[prompt_id]),
+        }
+        for group, rows in batch.groups().items()
+    ]
+
+
+def went_back(run: Run, ended: Detection) -> str:
+    if ended.action != "rollback":
+        return ""
+    if run.good_weights is None:
+        return "; there was no earlier evaluation to go back to"
+    return f"; the weights in the last checkpoint are those of step {run.good_step}"
+
+
+def take_up_monitor(run: Run) -> None:
+    """Bring the detectors of a resumed run to where they were, from its log: what fired stays fired, rates stay lowered."""
+    path = run.log.run_dir / "anchors.json"
+    if path.exists():
+        run.anchors = Anchors({int(id): answer for id, answer in json.loads(path.read_text(encoding="utf-8")).items()})
+    for line in read_jsonl(run.log.run_dir / "metrics.jsonl"):
+        for detection in run.detectors.update(int(line["step"]), line):
+            if detection.action == "lower_rate":
+                run.learner.rate_scale *= run.config.monitor.rate_factor
+
+
+def collapse_summary(log: RunLog) -> dict[str, dict[str, object]]:
+    """The Model Collapse Step at every threshold, as summary.json keeps it; empty where there are no answers to tell."""
+    steps, accuracy = reward_accuracy_series(read_jsonl(log.run_dir / "metrics.jsonl"))
+    return {name: asdict(step) for name, step in collapse_steps(steps, accuracy).items()} if steps else {}
 
 
 def positions(run: Run, step: int) -> list[int]:
@@ -267,7 +440,10 @@ def largest_gap(a: Tensor, b: Tensor) -> float:
 
 
 def check_gaps(run: Run, step: int, metrics: dict[str, float]) -> None:
-    """Raise RolloutError when engine and trainer disagree by more than rounding: on what was sampled, or on its statistics."""
+    """Raise RolloutError when engine and trainer disagree by more than rounding: on what was sampled, or on its statistics.
+
+    metrics: `logp_gap_max`, of the weights that sampled, and `stats_gap_max` where it was measured.
+    """
     limit = run.config.rollout.logp_gap_limit
     if limit is None:
         limit = 1e-3 if run.loaded.dtype == "float32" else 1.0
@@ -287,22 +463,16 @@ def check_gaps(run: Run, step: int, metrics: dict[str, float]) -> None:
         )
 
 
-def shape_metrics(batch: RolloutBatch, rewards: Tensor) -> dict[str, float]:
-    return {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=0).item(),
-        "response_length": batch.response_lens.double().mean().item(),
-        "truncated_rate": sum(reason == "length" for reason in batch.finish_reasons) / len(batch),
-    }
+def evaluation(run: Run, samplings: int, votes_at: int | None = None) -> dict[str, float]:
+    """`eval/…` metrics on the fixed prompts; the same seeds every time, so that two evaluations differ by the weights alone.
 
-
-def evaluation(run: Run, samplings: int) -> dict[str, float]:
-    """`eval/…` metrics on the fixed prompts; the same seeds every time, so that two evaluations differ by the weights alone."""
+    votes_at: the step under which votes.jsonl gets each prompt's answer as well; done before training and after it.
+    """
     config = run.config
     if not run.eval_encoded.token_ids:
         return {}
     sampling = Sampling(config.eval.group_size, config.eval.temperature, config.rollout.max_tokens, config.eval.top_p)
-    result = evaluate(
+    found = evaluate(
         run.rollout,
         run.eval_prompts,
         run.eval_encoded,
@@ -312,7 +482,27 @@ def evaluation(run: Run, samplings: int) -> dict[str, float]:
         samplings=samplings,
         seed=mixed_seed(config.seed, EVAL_SEED),
     )
-    return {f"eval/{name}": value for name, value in result.items()}
+    figures = dict(found.figures)
+    if run.anchors is None:
+        run.anchors = find_anchors(run)
+    assert found.greedy is not None
+    if votes_at is not None:
+        run.log.votes(votes_at, vote_rows(run, found))
+    if (agreement := run.anchors.agreement(found.greedy, run.eval_prompts.checker)) is not None:
+        figures["anchor_agreement"] = agreement
+    return {f"eval/{name}": value for name, value in figures.items()}
+
+
+def find_anchors(run: Run) -> Anchors:
+    """The clear votes of the present weights, those that training starts from, on the evaluation prompts; written to anchors.json."""
+    config = run.config
+    sampling = Sampling(config.monitor.anchor_votes, config.rollout.temperature, config.rollout.max_tokens)
+    everyone = range(len(run.eval_encoded))
+    seed = mixed_seed(config.seed, ANCHOR_SEED)
+    batch = sample_batch(run.rollout, run.eval_prompts, run.eval_encoded, everyone, sampling, seed, run.loaded.decode)
+    anchors = Anchors.of(batch, vote(batch, run.eval_prompts.checker))
+    write_json(run.log.run_dir / "anchors.json", anchors.labels)
+    return anchors
 
 
 def save(run: Run, step: int) -> None:
@@ -321,12 +511,12 @@ def save(run: Run, step: int) -> None:
     )
 
 
-def before_after(log: RunLog) -> list[dict[str, object]]:
-    """Rows of the table that ends a run: each evaluation metric at step 0 and at the last evaluation."""
+def before_after(log: RunLog, after: dict[str, float] | None) -> list[dict[str, object]]:
+    """Rows of the table that ends a run: each evaluation metric at step 0 and `after`, or at the last evaluation."""
     lines = [line for line in read_jsonl(log.run_dir / "metrics.jsonl") if any(key.startswith("eval/") for key in line)]
-    if len(lines) < 2 or lines[0]["step"] != 0:
+    if not lines or lines[0]["step"] != 0 or (after is None and len(lines) < 2):
         return []
-    before, after = lines[0], lines[-1]
+    before, after = lines[0], lines[-1] if after is None else after
     keys = [key for key in before if key.startswith("eval/") and key in after]
     return [{"metric": key.removeprefix("eval/"), "before": before[key], "after": after[key]} for key in keys]
 

@@ -31,9 +31,14 @@ class LoadedModel:
 
 
 def resolve_model(name: str) -> str:
-    """`bundled`, a directory, or a hub id -> what `from_pretrained` and vLLM take. Raises ConfigError for a path that is not there."""
+    """`bundled`, `bundled:NAME`, a directory, or a hub id -> what `from_pretrained` and vLLM take.
+
+    Raises ConfigError for a path or a bundled model that is not there.
+    """
     if name == "bundled":
         return str(bundled_model_path())
+    if name.startswith("bundled:"):
+        return str(bundled_model_path(name.removeprefix("bundled:")))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -19,6 +19,9 @@ RUN_FILES = (
     "metrics.jsonl",
     "samples.jsonl",
     "summary.json",
+    "anchors.json",
+    "votes.jsonl",
+    "answers.jsonl",
     "report.html",
     "checkpoints",
     "tensorboard",
@@ -29,6 +32,14 @@ MAY_CHANGE = (
     *("run_dir", "model", "log.", "eval.", "trainer.stop_after", "trainer.save_every", "trainer.keep_checkpoints", "trainer.eval_every"),
     *("trainer.samples_", "trainer.micro_batch_tokens", "trainer.chunk_bytes", "trainer.gradient_checkpointing", "trainer.threads"),
     *("trainer.device", "trainer.max_bad_steps", "rollout.engine", "rollout.logp_gap_limit", "rollout.max_sequences"),
+    *(
+        "monitor.on_collapse",
+        "monitor.actions",
+        "monitor.thresholds",
+        "monitor.rate_factor",
+        "monitor.stop_at_collapse",
+        "monitor.kl_every",
+    ),
     *("rollout.kv_cache_gib", "rollout.gpu_memory", "rollout.batch_prompts"),
 )
 

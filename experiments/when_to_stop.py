@@ -1,0 +1,145 @@
+"""(i) When to stop, without labels: a question that the paper leaves open.
+
+The default stop rule, `anchor_drift` (`urlvr_fast.monitor.detectors`): before training, the base model votes 16 times on each of the
+evaluation prompts, and the clear votes are kept as anchors; when the greedy answers agree with less than a threshold's share of what they
+agreed with at first, stop and go back to the evaluation before. No label is used. Its one number, the threshold, is fitted on half of the
+runs and judged on the other half.
+
+The runs: every run of the arithmetic claims on the whole training split or a part of it (rewards, base models, temperatures,
+mini-batches, rollouts, KL, data sizes, and the ground truth, which must not be stopped), and the five intrinsic rewards at a fifth and at
+twice the learning rate. Runs whose best accuracy is below 0.1 have nothing to keep and are left out. Sorted by key, they fall alternately
+into the half that the threshold is fitted on and the half that it is judged on.
+
+Accuracy is held-out avg@4, moving average of three evaluations. A run has collapsed when it ends below 0.8 of its best. A run is kept
+when the accuracy that the rule goes back to is at least 0.9 of the best; a collapsed run that is never stopped is not kept. The fit takes
+the threshold with the most collapsed runs kept among those that stop at most 5 % of the others (if none does, the fewest of those), the
+lowest of equals.
+
+Rule of judgement, on the other half alone: seen if at least 90 % of the collapsed runs are kept and at most 5 % of the others are
+stopped; mixed if one of the two; not seen if neither, or with fewer than 40 runs in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from experiments import ablations, collapse_ranks, plots, rise_then_fall, small_data
+from experiments.matrix import Result, Spec
+from experiments.settings import REWARDS, seeds
+from experiments.verdict import ACCURACY, COLLAPSED, SMOOTHING, Verdict, collapse_by_accuracy
+from urlvr_fast.monitor.collapse import moving_average
+from urlvr_fast.monitor.detectors import RULES, STOP_RULE, Detectors
+
+TITLE = "When to stop, without labels"
+GRID = tuple(round(0.5 + 0.02 * i, 2) for i in range(25))  # 0.5 … 0.98
+KEPT, FALSE_ALARMS, WORTH_KEEPING = 0.9, 0.05, 0.1
+
+
+def runs() -> list[Spec]:
+    rates = [spec for rate in ("1e-4", "1e-3") for reward in REWARDS for spec in seeds(f"reward={reward}", f"trainer.lr={rate}")]
+    others = [spec for claim in (rise_then_fall, small_data, collapse_ranks, ablations) for spec in claim.runs()]
+    return list(dict.fromkeys([*others, *rates]))
+
+
+class Course:
+    """One run, seen by a rule that must not see its accuracy."""
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+        self.steps, values = result.curve(ACCURACY)
+        self.accuracy = moving_average(values, SMOOTHING)
+        self.best, self.end = max(self.accuracy), self.accuracy[-1]
+        self.collapsed = self.end < COLLAPSED * self.best
+
+    def fired(self, detector: str = STOP_RULE, threshold: float | None = None) -> int | None:
+        """The step at which a detector fires, if it does."""
+        detectors = Detectors(thresholds={} if threshold is None else {detector: threshold})
+        for line in self.result.lines():
+            if any(found.detector == detector for found in detectors.update(line["step"], line)):
+                return line["step"]
+        return None
+
+    def gone_back_to(self, fired: int | None) -> float:
+        """Accuracy of what the rule leaves: at the evaluation before it fired, or at the end."""
+        if fired is None:
+            return self.end
+        before = [value for step, value in zip(self.steps, self.accuracy, strict=True) if step < fired]
+        return before[-1] if before else self.accuracy[0]
+
+
+def outcome(courses: Sequence[Course], threshold: float) -> tuple[float, float]:
+    """(share of the collapsed runs that are kept, share of the others that are stopped)."""
+    collapsed = [c for c in courses if c.collapsed]
+    others = [c for c in courses if not c.collapsed]
+    kept = sum(
+        c.fired(threshold=threshold) is not None and c.gone_back_to(c.fired(threshold=threshold)) >= KEPT * c.best for c in collapsed
+    )
+    stopped = sum(c.fired(threshold=threshold) is not None for c in others)
+    return kept / max(1, len(collapsed)), stopped / max(1, len(others))
+
+
+def fit(courses: Sequence[Course]) -> float:
+    outcomes = {threshold: outcome(courses, threshold) for threshold in GRID}
+    quiet = [threshold for threshold in GRID if outcomes[threshold][1] <= FALSE_ALARMS]
+    fewest = min(alarms for _, alarms in outcomes.values())
+    candidates = quiet or [threshold for threshold in GRID if outcomes[threshold][1] == fewest]
+    return max(candidates, key=lambda threshold: (outcomes[threshold][0], -threshold))
+
+
+def judge(results: Mapping[Spec, Result]) -> Verdict:
+    courses = [Course(results[spec]) for spec in runs()]
+    courses = sorted((c for c in courses if c.best >= WORTH_KEEPING), key=lambda c: c.result.key)
+    fitted_on, judged_on = courses[::2], courses[1::2]
+    threshold = fit(fitted_on)
+    kept, stopped = outcome(judged_on, threshold)
+    own_kept, own_stopped = outcome(fitted_on, threshold)
+    good = [kept >= KEPT, stopped <= FALSE_ALARMS]
+    counts = [sum(c.collapsed for c in half) for half in (fitted_on, judged_on)]
+    verdict = "not seen" if len(courses) < 40 or not any(good) else "seen" if all(good) else "mixed"
+    return Verdict(
+        verdict,
+        f"{len(courses)} runs. Fitted on {len(fitted_on)} ({counts[0]} collapsed): threshold {threshold:g}, {own_kept:.0%} kept, "
+        f"{own_stopped:.0%} of the others stopped. Judged on the other {len(judged_on)} ({counts[1]} collapsed): {kept:.0%} of the "
+        f"collapsed runs kept at least 0.9 of their best, {stopped:.0%} of the others were stopped.",
+        ("detector", "collapsed runs", "fired before the collapse", "median lead, steps", "misses", "false alarms"),
+        [record(name, courses, threshold if name == STOP_RULE else None) for name in RULES],
+        {"when_to_stop.svg": lambda: draw(judged_on, threshold)},
+    )
+
+
+def record(detector: str, courses: Sequence[Course], threshold: float | None) -> tuple[str, ...]:
+    """A detector on all runs, at its own threshold: how often and how long before accuracy had collapsed it fired."""
+    leads, misses, alarms = [], 0, 0
+    others = [c for c in courses if not c.collapsed]
+    collapsed = [c for c in courses if c.collapsed]
+    for c in collapsed:
+        fired, gone = c.fired(detector, threshold), collapse_by_accuracy(c.result)
+        if fired is None or (gone is not None and fired > gone):
+            misses += 1
+        elif gone is not None:
+            leads.append(gone - fired)
+    alarms = sum(c.fired(detector, threshold) is not None for c in others)
+    return (
+        *(detector + (f" at {threshold:g}" if threshold is not None else ""), str(len(collapsed)), str(len(collapsed) - misses)),
+        *(f"{median(leads):.0f}" if leads else "–", f"{misses} ({misses / max(1, len(collapsed)):.0%})"),
+        f"{alarms} of {len(others)} ({alarms / max(1, len(others)):.0%})",
+    )
+
+
+def draw(courses: Sequence[Course], threshold: float) -> Any:
+    """What the rule keeps against the best there was, and what would have been left without it."""
+    drawing, axes = plots.panels(2, 2)
+    for axis, title, value in (
+        (axes[0], "without a stop rule", lambda c: c.end),
+        (axes[1], f"{STOP_RULE} at {threshold:g}", lambda c: c.gone_back_to(c.fired(threshold=threshold))),
+    ):
+        for c in courses:
+            axis.scatter(c.best, value(c), s=12, color="C3" if c.collapsed else "C0")
+        axis.plot([0, 0.8], [0, 0.8], color="0.6", linewidth=0.7)
+        axis.plot([0, 0.8], [0, 0.8 * KEPT], color="0.6", linewidth=0.7, linestyle=":")
+        axis.set_title(f"{title} (red: collapsed runs)", fontsize=9)
+        axis.set_xlabel("best accuracy of the run", fontsize=8)
+        axis.set_ylabel("accuracy that is left", fontsize=8)
+    return drawing
