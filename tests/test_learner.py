@@ -265,3 +265,66 @@ def test_learning_rate_schedules():
     cosine = TrainerConfig(lr=1.0, steps=100, lr_schedule="cosine")
     assert learning_rate(50, cosine) == pytest.approx(0.55)
     assert learning_rate(100, cosine) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kl_to_the_start_model_against_plain_torch(model, kind, temperature):
+    """A moved policy: the penalty's gradient, on rollouts whose advantage is 0 as well, and the log-probs of the start model."""
+    batch = make_batch(model, temperature)
+    learner = make_learner(model, LossConfig(kl_coef=0.3, kl=kind))
+    learner.keep_start()
+    start = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    batch.ref_logp = learner.start_logp(batch)
+    # The rollouts were sampled by the start model, so its log-probs are theirs.
+    torch.testing.assert_close(batch.ref_logp, batch.sampled_logp, atol=2e-5, rtol=1e-5)
+    advantages = torch.linspace(-1, 1, len(batch)) * (torch.arange(len(batch)) % 3 > 0)
+    found, _ = accumulated(learner, batch, advantages)
+
+    plain = copy.deepcopy(model)
+    tokens = batch.response_lens.sum()
+    total = torch.zeros(())
+    for b in range(len(batch)):
+        ids = batch.tokens[batch.cu_seqlens[b] : batch.cu_seqlens[b + 1]]
+
+        def logp_of(network, ids=ids, b=b):
+            logits = network(ids[None], use_cache=False).logits[0][batch.prompt_lens[b] - 1 : -1] / temperature
+            return logits.log_softmax(-1).gather(-1, ids[batch.prompt_lens[b] :, None])[:, 0]
+
+        logp = logp_of(plain)
+        with torch.no_grad():
+            d_ref = logp_of(start)
+        d = d_ref - logp
+        penalty = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[kind]
+        total = total + (-(logp - logp.detach()).exp() * advantages[b] + 0.3 * penalty).sum() / tokens
+    total.backward()
+    assert_close(found, {name: p.grad for name, p in plain.named_parameters()}, 2e-5)
+
+
+def test_start_logp_needs_a_start(model):
+    with pytest.raises(RuntimeError, match="keep_start"):
+        make_learner(model).start_logp(make_batch(model))
+
+
+def test_old_logp_makes_ratios(model):
+    """Of a second mini-batch: the ratio of the moved policy to the one before the batch's first update, clipped as the loss says."""
+    batch = make_batch(model)
+    learner = make_learner(model)
+    batch.old_logp = learner.score(batch, ("logp",))["logp"]
+    advantages = torch.linspace(-1, 1, len(batch))
+    still, _ = accumulated(learner, batch, advantages)
+    batch.old_logp = None
+    on_policy, _ = accumulated(learner, batch, advantages)
+    assert_close(still, on_policy, 1e-4)  # nothing has moved: every ratio is 1
+    batch.old_logp = learner.score(batch, ("logp",))["logp"] - 1.0  # every ratio is e: clipped where the advantage is positive
+    clipped, metrics = accumulated(learner, batch, advantages)
+    assert metrics["clip_frac_high"] > 0.3
+    negative = torch.where(advantages < 0, advantages * math.e, 0)
+    batch.old_logp = None
+    expected, _ = accumulated(learner, batch, negative)
+    # The denominators are the same: tokens of the whole batch, dead rollouts included.
+    assert_close(clipped, expected, 1e-4)
