@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cpu = sum(result.cpu_s for result in results.values()) / 60
         print(f"{len(results)} runs, {time.monotonic() - started:.0f} s here; {cpu:.0f} minutes of one core in all")
         target = Path(scratch) / "docs" if options.steps or len(claims) < len(CLAIMS) else Path("docs")
-        page.write(target, claims, verdicts, results)
+        page.write(target, claims, verdicts, results, results_dir)
         print(f"wrote {target / 'paper.md'}")
 
 

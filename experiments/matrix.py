@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+MACHINE = "machine.json"  # what the newest of them were made on
 # What a result keeps of metrics.jsonl: what claims and detectors read.
 KEPT = (
     *("reward", "ground_truth_reward", "label_accuracy", "reward_accuracy", "majority_reward_accuracy", "pseudo_label_accuracy"),
@@ -80,11 +81,14 @@ def run_all(specs: Iterable[Spec], *, steps: int | None = None, results: Path = 
     steps: for trying the experiments out: so many in the place of each run's own (other keys, so nothing real is replaced).
     """
     from experiments.settings import resolved
+    from urlvr_fast.trainer.logging import cpu_name, versions
 
     wanted = {spec: resolved(spec, steps) for spec in dict.fromkeys(specs)}
     keys = {spec: key_of(spec, config) for spec, config in wanted.items()}
     results.mkdir(parents=True, exist_ok=True)
     missing = [spec for spec, key in keys.items() if not (results / f"{key}.json").exists()]
+    if missing:
+        (results / MACHINE).write_text(json.dumps({"machine": cpu_name(), "versions": versions()}, indent=1) + "\n", encoding="utf-8")
     started = time.monotonic()
     for done, line in enumerate(_run_missing(missing, steps, results, workers), 1):
         left = (time.monotonic() - started) / done * (len(missing) - done)

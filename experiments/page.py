@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
-from experiments.matrix import Result, Spec
+from experiments.matrix import MACHINE, Result, Spec
 from experiments.verdict import Verdict
 
 INTRODUCTION = """# The paper's findings, repeated on small models
@@ -22,14 +20,16 @@ counts only with all of them.
 """
 
 
-def write(folder: Path, claims: Mapping[str, ModuleType], verdicts: Mapping[str, Verdict], results: Mapping[Spec, Result]) -> None:
-    """Write `paper.md` and its plots, in `folder`/paper."""
+def write(
+    folder: Path, claims: Mapping[str, ModuleType], verdicts: Mapping[str, Verdict], results: Mapping[Spec, Result], results_folder: Path
+) -> None:
+    """Write `paper.md` and its plots, in `folder`/paper. results_folder: where the results came from."""
     from matplotlib import pyplot
 
     (folder / "paper").mkdir(parents=True, exist_ok=True)
     parts = [INTRODUCTION, "| | claim | verdict |\n|---|---|---|\n"]
     parts += [f"| {name} | [{claims[name].TITLE}](#{anchor(name, claims[name])}) | **{verdicts[name].verdict}** |\n" for name in claims]
-    parts.append("\n" + cost(results) + "\n")
+    parts.append("\n" + cost(results, results_folder) + "\n")
     for name, claim in claims.items():
         verdict = verdicts[name]
         parts.append(f"\n## {heading(name, claim)}\n\n{(claim.__doc__ or '').strip()}\n\n**{verdict.verdict}.** {verdict.numbers}\n\n")
@@ -55,10 +55,11 @@ def anchor(name: str, claim: ModuleType) -> str:
     return kept.replace(" ", "-")
 
 
-def cost(results: Mapping[Spec, Result]) -> str:
+def cost(results: Mapping[Spec, Result], folder: Path) -> str:
     minutes = sum(result.cpu_s for result in results.values()) / 60
     tokens = sum(result.tokens for result in results.values()) / 1e6
+    made_on = json.loads((folder / MACHINE).read_text(encoding="utf-8"))
     return (
-        f"{len(results)} runs, {minutes:.0f} minutes of one core, {tokens:.1f} M sampled tokens; torch {torch.__version__}, "
-        f"Python {platform.python_version()}."
+        f"{len(results)} runs, {minutes:.0f} minutes of one core, {tokens:.1f} M sampled tokens. {made_on['machine']}, "
+        f"torch {made_on['versions']['torch']}, Python {made_on['versions']['python']}."
     )

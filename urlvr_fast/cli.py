@@ -105,8 +105,11 @@ def parser() -> argparse.ArgumentParser:
     ttt.add_argument("--overwrite", action="store_true", help="delete the run in run_dir first")
     ttt.set_defaults(run=_ttt)
 
-    base = commands.add_parser("make-base", help="pre-train the small arithmetic model that the quick start trains")
+    base = commands.add_parser("make-base", help="pre-train the small models that are bundled")
     base.add_argument("--out", type=Path, default=Path("runs/base"), help="where to (default: %(default)s)")
+    base.add_argument(
+        "--task", choices=("arithmetic", "countdown"), default="arithmetic", help="which of the bundled models (default: %(default)s)"
+    )
     base.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
     base.add_argument("--seed", type=int, default=0)
     base.add_argument("--snapshots", type=int, default=0, metavar="N", help="also keep N graded checkpoints of the run, weak to strong")
@@ -236,6 +239,15 @@ def _make_base(options: argparse.Namespace) -> int:
     from urlvr_fast.trainer.base_model import make_base
 
     chosen: dict[str, Any] = {} if options.steps is None else {"steps": options.steps}
+    if options.task == "countdown":
+        from urlvr_fast.trainer.config import ConfigError
+        from urlvr_fast.trainer.countdown_base import make_countdown_base
+
+        if options.snapshots:
+            raise ConfigError("--snapshots is for --task arithmetic")
+        make_countdown_base(options.out, seed=options.seed, **chosen)
+        print(f"wrote {options.out}")
+        return 0
     make_base(options.out, seed=options.seed, snapshots=options.snapshots, **chosen)
     print(f"wrote {options.out}")
     return 0
