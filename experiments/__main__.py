@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ CLAIMS: dict[str, ModuleType] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=sorted(CLAIMS), default=sorted(CLAIMS), help="these claims alone; writes no page")
-    parser.add_argument("--fresh", action="store_true", help="make all runs anew")
+    parser.add_argument("--fresh", action="store_true", help="make the runs anew")
     parser.add_argument("--steps", type=int, help="try everything out with runs of so many steps, in a temporary place; writes no page")
     parser.add_argument("--workers", type=int, help="runs at once (default: one a core)")
     options = parser.parse_args(arguments)
@@ -49,12 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     claims = {name: CLAIMS[name] for name in options.only}
     with tempfile.TemporaryDirectory() as scratch:
         results_dir = Path(scratch) if options.steps else matrix.RESULTS
-        if options.fresh and not options.steps:
-            shutil.rmtree(results_dir, ignore_errors=True)
         started = time.monotonic()
-        results = matrix.run_all(
-            [spec for claim in claims.values() for spec in claim.runs()], steps=options.steps, results=results_dir, workers=options.workers
-        )
+        specs = [spec for claim in claims.values() for spec in claim.runs()]
+        results = matrix.run_all(specs, steps=options.steps, results=results_dir, workers=options.workers, fresh=options.fresh)
         verdicts = {name: claim.judge(results) for name, claim in claims.items()}
         for name, verdict in verdicts.items():
             print(f"({name}) {verdict.verdict}: {verdict.numbers}")

@@ -8,7 +8,6 @@ default's by a fifth or more (when). Seen: both; mixed: one; not seen: neither. 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from statistics import median
 
@@ -18,6 +17,7 @@ from experiments.settings import seeds
 from experiments.verdict import ACCURACY, Verdict, collapse_by_accuracy, course, figure
 from urlvr_fast.monitor.collapse import later
 
+MOVED = 0.2
 TITLE = "Temperature, mini-batch, rollouts and KL move when, not whether"
 LEVELS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -53,7 +53,8 @@ def judge(results: Mapping[Spec, Result]) -> Verdict:
             )
         )
     default = medians.pop("default")
-    moved = {name for name, step in medians.items() if not math.isclose(step, default, rel_tol=0.2)}
+    # Two that were not reached are equal, whatever their difference is.
+    moved = {name for name, step in medians.items() if step != default and not abs(step - default) < MOVED * default}
     not_whether, when = survivors == 0, 2 * len(moved) >= len(medians)
     total = 3 * len(LEVELS)
     return Verdict(

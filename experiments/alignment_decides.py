@@ -2,8 +2,8 @@
 Theorem 1).
 
 Two sets of 32 training prompts, fixed beforehand by 64 samples of the base model each: `aligned`, whose commonest answer is right, and
-`misaligned`, whose commonest answer is wrong although the right one was sampled too (`experiments/prompts.py` made them). Majority
-voting is trained on one set alone, and evaluated on that set.
+`misaligned`, whose commonest answer is wrong although the right one was sampled too; prompts with a share of 0.9 or more are in neither
+(`experiments/choose_prompts.py` made them). Majority voting is trained on one set alone, and evaluated on that set.
 
 Rule, per run: on aligned prompts avg@4 rises by at least 0.1, on misaligned ones it falls. Seen: all seeds of both. Also counted: maj@4.
 """

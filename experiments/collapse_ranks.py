@@ -5,7 +5,8 @@ for its supervised gain: held-out avg@4 at the end less at the start.
 
 Rule: the threshold is the paper's 1 % where at least half of the models reach it in their median seed, else the first of 0.1, 0.25 and
 half of the initial Reward Accuracy that they reach; windowed variant. Seen: Spearman of median collapse step (censored ones tie) and mean
-gain is at least 0.6, and the tokens up to collapse are fewer than those of the supervised runs. Not seen: Spearman of 0 or less.
+gain is at least 0.6. Not seen: Spearman of 0 or less. The tokens that both take are reported; that the collapse step takes fewer follows
+from both kinds of run having the same length here, so it is no part of the verdict.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def judge(results: Mapping[Spec, Result]) -> Verdict:
             )
         )
     spent, supervised = tokens(results, collapses, chosen)
-    verdict = "not seen" if rho is None or rho <= 0 else "seen" if rho >= 0.6 and spent < supervised else "mixed"
+    verdict = "not seen" if rho is None or rho <= 0 else "seen" if rho >= 0.6 else "mixed"
     all_rho = ", ".join(f"{name} {figure(value, 2)}" for name, value in correlation.items())
     return Verdict(
         verdict,

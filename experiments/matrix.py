@@ -75,10 +75,13 @@ class Result:
         ]
 
 
-def run_all(specs: Iterable[Spec], *, steps: int | None = None, results: Path = RESULTS, workers: int | None = None) -> dict[Spec, Result]:
+def run_all(
+    specs: Iterable[Spec], *, steps: int | None = None, results: Path = RESULTS, workers: int | None = None, fresh: bool = False
+) -> dict[Spec, Result]:
     """The result of each spec, made now where it is not there yet; what is finished is kept whatever happens to the rest.
 
-    steps: for trying the experiments out: so many in the place of each run's own (other keys, so nothing real is replaced).
+    steps: for trying the experiments out: so many in the place of each run's own (other keys, so nothing real is replaced). fresh: make all
+    of these runs again; each result is replaced when its run is through.
     """
     from experiments.settings import resolved
     from urlvr_fast.trainer.logging import cpu_name, versions
@@ -86,7 +89,7 @@ def run_all(specs: Iterable[Spec], *, steps: int | None = None, results: Path = 
     wanted = {spec: resolved(spec, steps) for spec in dict.fromkeys(specs)}
     keys = {spec: key_of(spec, config) for spec, config in wanted.items()}
     results.mkdir(parents=True, exist_ok=True)
-    missing = [spec for spec, key in keys.items() if not (results / f"{key}.json").exists()]
+    missing = [spec for spec, key in keys.items() if fresh or not (results / f"{key}.json").exists()]
     if missing:
         (results / MACHINE).write_text(json.dumps({"machine": cpu_name(), "versions": versions()}, indent=1) + "\n", encoding="utf-8")
     started = time.monotonic()
@@ -103,8 +106,12 @@ def _run_missing(missing: Sequence[Spec], steps: int | None, results: Path, work
     # Spawned, with one thread from the start: OpenMP's pool must not be sized for the whole machine.
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for finished in as_completed([pool.submit(_run, (spec, steps, results)) for spec in missing]):
-            yield finished.result()
+        try:
+            for finished in as_completed([pool.submit(_run, (spec, steps, results)) for spec in missing]):
+                yield finished.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or a run that fails would be heard of an hour later
+            raise
 
 
 def _run(task: tuple[Spec, int | None, Path]) -> str:

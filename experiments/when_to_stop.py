@@ -7,13 +7,17 @@ runs and judged on the other half.
 
 The runs: every run of the arithmetic claims on the whole training split or a part of it (rewards, base models, temperatures,
 mini-batches, rollouts, KL, data sizes, and the ground truth, which must not be stopped), and the five intrinsic rewards at a fifth and at
-twice the learning rate. Runs whose best accuracy is below 0.1 have nothing to keep and are left out. Sorted by key, they fall alternately
-into the half that the threshold is fitted on and the half that it is judged on.
+twice the learning rate. Runs whose best accuracy is below 0.1 have nothing to keep and are left out. Sorted by key, the configurations,
+each with all its seeds, fall alternately into the half that the threshold is fitted on and the half that it is judged on.
 
-Accuracy is held-out avg@4, moving average of three evaluations. A run has collapsed when it ends below 0.8 of its best. A run is kept
-when the accuracy that the rule goes back to is at least 0.9 of the best; a collapsed run that is never stopped is not kept. The fit takes
-the threshold with the most collapsed runs kept among those that stop at most 5 % of the others (if none does, the fewest of those), the
-lowest of equals.
+Best and end are held-out avg@4, moving average of three evaluations. A run has collapsed when it ends below 0.8 of its best. A run is kept
+when avg@4 of the very evaluation that the rule goes back to is at least 0.9 of the best; a collapsed run that is never stopped is not kept.
+The fit takes the threshold with the most collapsed runs kept among those that stop at most 5 % of the others (if none does, the fewest of
+those), the lowest of equals. (A first version of this rule credited the moving average before the stop, which flatters it where accuracy
+falls fast, and split seeds of one configuration over both halves; it was replaced by this stricter one before all runs were in.)
+
+The anchors and the accuracy are of the same 128 prompts, the anchors without their answers: what the rule sees is not what it is judged
+by, but it is of the same prompts.
 
 Rule of judgement, on the other half alone: seen if at least 90 % of the collapsed runs are kept and at most 5 % of the others are
 stopped; mixed if one of the two; not seen if neither, or with fewer than 40 runs in all.
@@ -28,8 +32,7 @@ from typing import Any
 from experiments import ablations, collapse_ranks, plots, rise_then_fall, small_data
 from experiments.matrix import Result, Spec
 from experiments.settings import REWARDS, seeds
-from experiments.verdict import ACCURACY, COLLAPSED, SMOOTHING, Verdict, collapse_by_accuracy
-from urlvr_fast.monitor.collapse import moving_average
+from experiments.verdict import ACCURACY, Verdict, collapse_by_accuracy, course
 from urlvr_fast.monitor.detectors import RULES, STOP_RULE, Detectors
 
 TITLE = "When to stop, without labels"
@@ -43,15 +46,14 @@ def runs() -> list[Spec]:
     return list(dict.fromkeys([*others, *rates]))
 
 
-class Course:
+class Stoppable:
     """One run, seen by a rule that must not see its accuracy."""
 
     def __init__(self, result: Result) -> None:
         self.result = result
-        self.steps, values = result.curve(ACCURACY)
-        self.accuracy = moving_average(values, SMOOTHING)
-        self.best, self.end = max(self.accuracy), self.accuracy[-1]
-        self.collapsed = self.end < COLLAPSED * self.best
+        self.steps, self.accuracy = result.curve(ACCURACY)
+        whole = course(result)
+        self.best, self.end, self.collapsed = whole.best, whole.end, whole.collapsed
 
     def fired(self, detector: str = STOP_RULE, threshold: float | None = None) -> int | None:
         """The step at which a detector fires, if it does."""
@@ -69,7 +71,18 @@ class Course:
         return before[-1] if before else self.accuracy[0]
 
 
-def outcome(courses: Sequence[Course], threshold: float) -> tuple[float, float]:
+def halves(results: Mapping[Spec, Result]) -> tuple[list[Stoppable], list[Stoppable]]:
+    """The runs to fit on and those to judge on, whole configurations each."""
+    groups: dict[tuple[str, tuple[str, ...]], list[Stoppable]] = {}
+    for spec in runs():
+        stoppable = Stoppable(results[spec])
+        if stoppable.best >= WORTH_KEEPING:
+            groups.setdefault((spec.base, spec.options), []).append(stoppable)
+    ordered = sorted(groups.values(), key=lambda of: of[0].result.key)
+    return [c for of in ordered[::2] for c in of], [c for of in ordered[1::2] for c in of]
+
+
+def outcome(courses: Sequence[Stoppable], threshold: float) -> tuple[float, float]:
     """(share of the collapsed runs that are kept, share of the others that are stopped)."""
     collapsed = [c for c in courses if c.collapsed]
     others = [c for c in courses if not c.collapsed]
@@ -80,7 +93,7 @@ def outcome(courses: Sequence[Course], threshold: float) -> tuple[float, float]:
     return kept / max(1, len(collapsed)), stopped / max(1, len(others))
 
 
-def fit(courses: Sequence[Course]) -> float:
+def fit(courses: Sequence[Stoppable]) -> float:
     outcomes = {threshold: outcome(courses, threshold) for threshold in GRID}
     quiet = [threshold for threshold in GRID if outcomes[threshold][1] <= FALSE_ALARMS]
     fewest = min(alarms for _, alarms in outcomes.values())
@@ -89,9 +102,8 @@ def fit(courses: Sequence[Course]) -> float:
 
 
 def judge(results: Mapping[Spec, Result]) -> Verdict:
-    courses = [Course(results[spec]) for spec in runs()]
-    courses = sorted((c for c in courses if c.best >= WORTH_KEEPING), key=lambda c: c.result.key)
-    fitted_on, judged_on = courses[::2], courses[1::2]
+    fitted_on, judged_on = halves(results)
+    courses = [*fitted_on, *judged_on]
     threshold = fit(fitted_on)
     kept, stopped = outcome(judged_on, threshold)
     own_kept, own_stopped = outcome(fitted_on, threshold)
@@ -104,13 +116,13 @@ def judge(results: Mapping[Spec, Result]) -> Verdict:
         f"{own_stopped:.0%} of the others stopped. Judged on the other {len(judged_on)} ({counts[1]} collapsed): {kept:.0%} of the "
         f"collapsed runs kept at least 0.9 of their best, {stopped:.0%} of the others were stopped.",
         ("detector", "collapsed runs", "fired before the collapse", "median lead, steps", "misses", "false alarms"),
-        [record(name, courses, threshold if name == STOP_RULE else None) for name in RULES],
+        [record(name, judged_on, threshold if name == STOP_RULE else None) for name in RULES],
         {"when_to_stop.svg": lambda: draw(judged_on, threshold)},
     )
 
 
-def record(detector: str, courses: Sequence[Course], threshold: float | None) -> tuple[str, ...]:
-    """A detector on all runs, at its own threshold: how often and how long before accuracy had collapsed it fired."""
+def record(detector: str, courses: Sequence[Stoppable], threshold: float | None) -> tuple[str, ...]:
+    """A detector on the runs to judge on, at its own threshold: how often and how long before accuracy had collapsed it fired."""
     leads, misses, alarms = [], 0, 0
     others = [c for c in courses if not c.collapsed]
     collapsed = [c for c in courses if c.collapsed]
@@ -128,7 +140,7 @@ def record(detector: str, courses: Sequence[Course], threshold: float | None) ->
     )
 
 
-def draw(courses: Sequence[Course], threshold: float) -> Any:
+def draw(courses: Sequence[Stoppable], threshold: float) -> Any:
     """What the rule keeps against the best there was, and what would have been left without it."""
     drawing, axes = plots.panels(2, 2)
     for axis, title, value in (

@@ -54,6 +54,10 @@ def test_thresholds_were_fixed_and_half_is_of_the_initial_mean():
     assert [found[name].raw for name in THRESHOLDS] == [10, 9, 8, 7]
 
 
+def test_a_run_that_begins_at_nothing_has_collapsed_from_the_start():
+    assert collapse_steps(range(1, 7), [0.0] * 6)["MCS_half"].raw == 1
+
+
 @pytest.mark.parametrize(
     ("steps", "accuracy", "options"),
     [([], [], {}), ([1, 2], [0.5], {}), ([2, 1], [0.5, 0.5], {}), ([1], [math.nan], {}), ([1], [1.5], {}), ([1], [0.5], {"window": 0})],

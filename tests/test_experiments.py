@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # experiments/ is no part of the package
 
-from experiments import collapse_ranks, matrix, page, rise_then_fall, when_to_stop  # noqa: E402
+from experiments import ablations, collapse_ranks, matrix, page, rise_then_fall, when_to_stop  # noqa: E402
 from experiments.__main__ import CLAIMS  # noqa: E402
 from experiments.matrix import Result, Spec, key_of  # noqa: E402
 from experiments.settings import SEEDS, resolved, seeds, spec  # noqa: E402
@@ -134,7 +134,7 @@ def stop_result(index, *, collapses, drifts):
 
 
 def test_the_stop_rule_is_judged_by_what_it_leaves():
-    early, late, none = (when_to_stop.Course(stop_result(0, collapses=True, drifts=d)) for d in (5, 9, None))
+    early, late, none = (when_to_stop.Stoppable(stop_result(0, collapses=True, drifts=d)) for d in (5, 9, None))
     assert early.collapsed
     assert early.fired(threshold=0.9) == 25
     assert early.gone_back_to(25) == pytest.approx(0.5)
@@ -142,16 +142,39 @@ def test_the_stop_rule_is_judged_by_what_it_leaves():
     assert when_to_stop.outcome([early], 0.9) == (1.0, 0.0)
     assert when_to_stop.outcome([late], 0.9) == (0.0, 0.0)  # fired after the fall
     assert when_to_stop.outcome([none], 0.9) == (0.0, 0.0)  # never fired
-    healthy = when_to_stop.Course(stop_result(1, collapses=False, drifts=4))
+    healthy = when_to_stop.Stoppable(stop_result(1, collapses=False, drifts=4))
     assert when_to_stop.outcome([early, healthy], 0.9) == (1.0, 1.0)  # a false alarm
 
 
 def test_the_fit_keeps_false_alarms_down():
-    courses = [when_to_stop.Course(stop_result(i, collapses=True, drifts=5)) for i in range(10)]
+    courses = [when_to_stop.Stoppable(stop_result(i, collapses=True, drifts=5)) for i in range(10)]
     assert when_to_stop.outcome(courses, when_to_stop.fit(courses)) == (1.0, 0.0)
     assert 0.6 < when_to_stop.fit(courses) <= 0.98
-    noisy = [*courses, *(when_to_stop.Course(stop_result(i, collapses=False, drifts=4)) for i in range(10))]
+    noisy = [*courses, *(when_to_stop.Stoppable(stop_result(i, collapses=False, drifts=4)) for i in range(10))]
     assert when_to_stop.fit(noisy) <= 0.6  # no threshold tells these apart: the quiet ones stop nobody
+
+
+def test_an_ablation_has_moved_from_a_fifth_on():
+    """The default collapses at 100; levels at 79 and 121 have moved, 81 and 119 have not, and one that never collapses has."""
+    at = dict(zip(ablations.LEVELS, (100, 79, 121, 81, 119, None, 100, 100), strict=True))
+    results = {}
+    for name, step in at.items():
+        for run in ablations.level(name):
+            accuracy = [0.5 if step is None or i < step else 0.0 for i in range(200)]
+            results[run] = made(accuracy, run, every=1)
+    verdict = ablations.judge(results)
+    # Smoothing over three moves all of them by the same step or two.
+    assert "moved by a fifth or more at 3 of 7 levels (rollouts 16, temperature 0.6, temperature 1.2)" in verdict.numbers
+    assert verdict.verdict == "not seen"  # not all collapsed, and less than half moved
+
+
+def test_halves_keep_seeds_together():
+    results = {run: made([0.5] * 5, run, key=key_of(run, resolved(run))) for run in when_to_stop.runs()}
+    a, b = when_to_stop.halves(results)
+    groups = [{(c.result.spec.base, c.result.spec.options) for c in half} for half in (a, b)]
+    assert not groups[0] & groups[1]
+    assert len(a) + len(b) == len(when_to_stop.runs())
+    assert abs(len(a) - len(b)) <= 3
 
 
 def test_ranks_choose_the_threshold_by_their_rule():

@@ -106,6 +106,15 @@ def test_mcs_refuses(tmp_path, arguments, message):
     assert not (tmp_path / "runs").exists()
 
 
+def test_mcs_refuses_what_would_end_runs_otherwise_and_models_that_its_setting_does_not_suit(tmp_path):
+    for override in ("monitor.on_collapse=stop", "monitor.actions={repetition: lower_rate}", "trainer.stop_after=2"):
+        with pytest.raises(ConfigError, match="needs them to go on"):
+            mcs.rank_models(["bundled"], out=tmp_path / "mcs", overrides=[override, "trainer.eval_every=1"])
+    with pytest.raises(ConfigError, match="--config"):
+        mcs.rank_models(["org/some-8B"], out=tmp_path / "mcs")
+    assert not (tmp_path / "mcs").exists()
+
+
 # ---- test-time training
 
 
@@ -158,6 +167,10 @@ def test_ttt_options_win_over_its_defaults(prompts, tmp_path):
     config = ttt.configure(str(prompts), model="bundled", config_file=file, overrides=["trainer.eval_every=3"])
     assert (config.trainer.steps, config.trainer.eval_every, config.monitor.on_collapse) == (9, 3, "warn")
     assert config.data == config.eval.data == str(prompts)
+    assert config.model == "bundled"
+    file.write_text("model: some/model\n")
+    assert ttt.configure(str(prompts), config_file=file).model == "some/model"
+    assert ttt.configure(str(prompts), config_file=file, model="bundled:arithmetic-800").model == "bundled:arithmetic-800"
 
 
 def test_ttt_refuses_one_prompt_and_no_file(tmp_path):
@@ -165,6 +178,8 @@ def test_ttt_refuses_one_prompt_and_no_file(tmp_path):
     path.write_text('{"prompt": "1+1="}\n')
     with pytest.raises(ConfigError, match="one prompt"):
         ttt.configure(str(path), model="bundled")
+    with pytest.raises(ConfigError, match="draws its prompts"):
+        ttt.configure("arithmetic")
     found = urlvr("ttt", "trainer.steps=1", cwd=tmp_path)
     assert found.returncode == 2
     assert "one file of prompts" in found.stderr

@@ -116,6 +116,31 @@ def test_a_resumed_run_remembers_what_fired_and_its_anchors(tmp_path):
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (a["step"], name)
 
 
+def test_a_run_that_was_stopped_goes_on_when_resumed_and_says_so(tmp_path):
+    stopped = [*RUINOUS, "monitor.on_collapse=stop"]
+    assert run(tmp_path, *stopped)[0] == "stopped"
+    status, path = run(tmp_path, *stopped, resume=True)
+    assert status == "finished"
+    assert any("has ended this run before and will not do so again" in w["message"] for w in record(path)["warnings"])
+    assert lines(path)[-1]["step"] == 12
+
+
+def test_too_few_anchors_are_said_and_not_looked_at(tmp_path):
+    """Four evaluation prompts hold nothing fast: the rule must not look content."""
+    status, path = run(tmp_path, *RUINOUS, "eval.prompts=4", "monitor.on_collapse=stop", "trainer.steps=4")
+    assert status == "finished"
+    assert any("anchor_drift cannot look" in w["message"] for w in record(path)["warnings"])
+    assert not any("eval/anchor_agreement" in line for line in lines(path))
+    quiet = run(tmp_path, "eval.prompts=4", "monitor.on_collapse=off", "trainer.steps=1", name="off")[1]
+    assert not any("cannot look" in w["message"] for w in record(quiet)["warnings"])
+
+
+def test_resuming_on_other_evaluation_prompts_is_refused(tmp_path):
+    run(tmp_path, "trainer.stop_after=2")
+    with pytest.raises(ConfigError, match=r"eval\.prompts was 16 and is 8"):
+        run(tmp_path, "eval.prompts=8", resume=True)
+
+
 def test_stop_at_collapse_ends_at_the_model_collapse_step(tmp_path):
     # Every Reward Accuracy is below 1.01, so the run has "collapsed" as soon as that could be persistent.
     with pytest.raises(ConfigError, match="stop_at_collapse"):
@@ -159,7 +184,6 @@ def test_mini_batches_make_several_updates(tmp_path, monkeypatch):
     assert updates == [1, 2, 1, 1, 2, 2]  # 3 of the 4 prompts, then the last
     assert all(torch.equal(value, weights(one)[name]) for name, value in weights(unset).items())
     last = lines(several)[-1]
-    assert last["live_rollouts"] <= 16
     assert last["logp_gap_max"] < 1e-3  # of the engine against the weights that it sampled with, not against later ones
 
 
@@ -187,6 +211,17 @@ def test_more_votes_than_samples(tmp_path, monkeypatch):
 def test_bad_monitor_options_are_refused_before_anything_starts(override):
     with pytest.raises(ConfigError, match="monitor"):
         configuration.load(None, [override])
+
+
+def test_a_stop_rule_that_would_never_look_is_refused():
+    for blind in ("eval.prompts=0", "trainer.eval_every=0"):
+        configuration.load(None, [blind])
+        with pytest.raises(ConfigError, match="looks at evaluations, and there are none"):
+            configuration.load(None, [blind, "monitor.on_collapse=stop"])
+        with pytest.raises(ConfigError, match="looks at evaluations, and there are none"):
+            configuration.load(None, [blind, "monitor.actions={anchor_drift: rollback}"])
+    with pytest.raises(ConfigError, match="kl_spike looks at the KL"):
+        configuration.load(None, ["monitor.actions={kl_spike: stop}", "monitor.kl_every=0"])
 
 
 # ---- rewards in the loop

@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     mcs.add_argument(
         "models", nargs="+", metavar="MODEL | a.b=c", help="model directories, hub ids, bundled:NAME; and options of `urlvr train`"
     )
-    mcs.add_argument("--config", type=Path, metavar="FILE.yaml", help="the setting (default: configs/mcs.yaml of this package)")
+    mcs.add_argument("--config", type=Path, metavar="FILE.yaml", help="the setting (default: one for the bundled models)")
     mcs.add_argument("--seeds", type=_count, default=3, metavar="N", help="runs per model (default: %(default)s)")
     mcs.add_argument(
         "--out", type=Path, default=Path("runs/mcs"), help="where runs and ranking go; run again to go on (default: %(default)s)"
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
     ttt = commands.add_parser("ttt", help="test-time training: train on the prompts that are to be answered, without labels")
     ttt.add_argument("words", nargs="+", metavar="PROMPTS | a.b=c", help="a file of prompts, and options of `urlvr train`")
-    ttt.add_argument("--model", default="bundled", help="what to start from (default: %(default)s)")
+    ttt.add_argument("--model", help="what to start from (default: what the configuration says, which is the bundled model)")
     ttt.add_argument("--config", type=Path, metavar="FILE.yaml", help="options of `urlvr train`")
     ttt.add_argument("--overwrite", action="store_true", help="delete the run in run_dir first")
     ttt.set_defaults(run=_ttt)
@@ -195,8 +195,9 @@ def _mcs(options: argparse.Namespace) -> int:
 
     models = [word for word in options.models if "=" not in word]
     overrides = [word for word in options.models if "=" in word]
-    config = options.config or Path(__file__).parent / "mcs.yaml"
-    ranking = rank_models(models, out=options.out, seeds=range(options.seeds), config_file=config, overrides=["log.live=off", *overrides])
+    ranking = rank_models(
+        models, out=options.out, seeds=range(options.seeds), config_file=options.config, overrides=["log.live=off", *overrides]
+    )
     _table("Model Collapse Step: median over seeds [earliest, latest]", *table(ranking))
     for name, value in summary(ranking).items():
         print(f"{name}: {value}")
@@ -219,9 +220,12 @@ def _ttt(options: argparse.Namespace) -> int:
     shown = [
         (a.prompt[-40:], str(a.before), f"{a.share_before:.2f}", str(a.after), f"{a.share_after:.2f}") for a in (changed or found)[:20]
     ]
-    _table(f"{len(changed)} of {len(found)} answers changed", ("prompt", "before", "share", "after", "share"), shown)
     assert config.run_dir is not None
-    print(f"answers:     {Path(config.run_dir) / 'answers.jsonl'}")
+    if found:
+        _table(f"{len(changed)} of {len(found)} answers changed", ("prompt", "before", "share", "after", "share"), shown)
+        print(f"answers:     {Path(config.run_dir) / 'answers.jsonl'}")
+    else:
+        print(f"no votes after training; `urlvr train run_dir={config.run_dir} --resume` goes on")
     _show_end(Path(config.run_dir), status)
     return INTERRUPTED if status == "interrupted" else 0
 

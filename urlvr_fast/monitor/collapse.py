@@ -81,8 +81,10 @@ def model_collapse_step(
 def collapse_steps(steps: Sequence[int], reward_accuracy: Sequence[float]) -> dict[str, CollapseStep]:
     """The collapse step at each of `THRESHOLDS`, by name. Raises ValueError as `model_collapse_step` does."""
     initial = math.fsum(reward_accuracy[:INITIAL_STEPS]) / max(1, len(reward_accuracy[:INITIAL_STEPS]))
+    # Half of nothing is never fallen below, and a run that begins at 0 has collapsed from the start.
+    half = initial / 2 or math.ulp(0.0)
     return {
-        name: model_collapse_step(steps, reward_accuracy, initial / 2 if threshold is None else threshold)
+        name: model_collapse_step(steps, reward_accuracy, half if threshold is None else threshold)
         for name, threshold in THRESHOLDS.items()
     }
 

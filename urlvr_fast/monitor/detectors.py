@@ -6,8 +6,9 @@ and fires once, after `patience` readings in a row beyond its limit. None of the
 
 `anchor_drift` is the default stop rule. Sharpening, which is all that an intrinsic reward can do (the paper's Theorem 1 and its
 assumption A1), raises what the base model already preferred: where its vote was clear, its answer stays. So the clear votes of the base
-model on a fixed set of prompts are an anchor: a policy whose greedy answers there are others is no longer sharpening, whatever its
-reward says. It needs prompts, not answers.
+model on a fixed set of prompts are an anchor: a policy whose greedy answers there are others is no longer sharpening, whatever its reward
+says. It needs prompts, not answers. It is meant for intrinsic rewards: a weak model that learns from the truth changes clear votes too, for
+the better, and sets it off.
 """
 
 from __future__ import annotations
@@ -123,6 +124,13 @@ class Detectors:
             if value is not None and (detection := self._read(name, state, step, float(value))):
                 found.append(detection)
         return found
+
+    def watches(self, detector: str) -> bool:
+        return detector in self._states
+
+    @property
+    def may_roll_back(self) -> bool:
+        return any(state.action == "rollback" for state in self._states.values())
 
     @property
     def calm(self) -> bool:

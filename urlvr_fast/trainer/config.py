@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from urlvr_fast.errors import ExplainedError
-from urlvr_fast.monitor.detectors import Detectors
+from urlvr_fast.monitor.detectors import STOP_RULE, Detectors
 
 
 class ConfigError(ExplainedError, ValueError):
@@ -36,7 +36,9 @@ def option(default: Any, doc: str) -> Any:
 class PromptsConfig:
     limit: int | None = option(None, "Use only the first so many prompts. Procedural tasks draw 4096 when unset.")
     prompt_column: str = option("prompt", "Column with the prompt: text, or a list of chat messages.")
-    answer_column: str = option("answer", "Column with the answer, if there is one. Only metrics and `reward=ground_truth` ever see it.")
+    answer_column: str = option(
+        "answer", "Column with the answer, if there is one. Only metrics, `monitor.stop_at_collapse` and `reward=ground_truth` ever see it."
+    )
     split: str = option("train", "Split of a `datasets` data set, or of a procedural task.")
     template: str = option("auto", "`auto`: the tokenizer's chat template when it has one; `chat`: insist on it; `plain`: never.")
     suffix: str = option("", "Text appended to every prompt, such as an instruction to box the answer.")
@@ -153,7 +155,7 @@ class MonitorConfig:
     )
     rate_factor: float = option(0.3, "What `lower_rate` multiplies the learning rate by.")
     kl_every: int = option(
-        10, "Measure the KL (k3, nats per token) to the model that training started from every so many steps; 0: never. Costs a copy of it."
+        0, "Measure the KL (k3, nats per token) to the model that training started from every so many steps; 0: never. Costs a copy of it."
     )
 
 
@@ -293,6 +295,13 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"rollout.votes={config.rollout.votes} is fewer than rollout.group_size={config.rollout.group_size}, and all of those vote"
         )
+    acting = {
+        name for name, action in {STOP_RULE: config.monitor.on_collapse, **config.monitor.actions}.items() if action not in ("off", "warn")
+    }
+    if STOP_RULE in acting and not (config.eval.prompts and config.trainer.eval_every):
+        raise ConfigError(f"monitor: {STOP_RULE} looks at evaluations, and there are none: set eval.prompts and trainer.eval_every")
+    if "kl_spike" in acting and not (config.monitor.kl_every or config.loss.kl_coef):
+        raise ConfigError("monitor: kl_spike looks at the KL to the start model, which nobody measures: set monitor.kl_every")
     if not 0 < config.monitor.rate_factor < 1:
         raise ConfigError(f"monitor.rate_factor={config.monitor.rate_factor} must be between 0 and 1")
     try:

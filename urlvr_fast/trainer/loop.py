@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +65,8 @@ from urlvr_fast.trainer.prompts import EncodedPrompts
 from urlvr_fast.trainer.rollout import Rollout, RolloutError, Sampling, mixed_seed
 
 ANCHOR_SEED = EVAL_SEED - 1
+MIN_ANCHORS = 8  # fewer clear votes say nothing when they change
+ROOM = 512  # tokens that a reward's own prompts may take beside the prompt and response that are in them
 
 
 class TrainingStopped(ExplainedError, RuntimeError):
@@ -91,10 +93,12 @@ class Run:
     stats_checked: bool = False  # whether statistics taken while sampling were compared with the trainer's
     good_weights: dict[str, Tensor] | None = None  # what `rollback` goes back to
     good_step: int = 0
+    lines: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl, where `monitor.stop_at_collapse` looks back
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> str:
-    """Train into `config.run_dir` as `config` says. Returns how it ended: "finished", "stopped" (trainer.stop_after) or "interrupted".
+    """Train into `config.run_dir` as `config` says. Returns how it ended: "finished", "stopped" (trainer.stop_after, or a detector) or
+    "interrupted".
 
     Raises ConfigError (options or model), DataError, RewardError, RolloutError (no engine, or a log-prob gap), CheckpointError,
     TrainingStopped. Whatever ends a run, run.json says so and the last complete checkpoint stays.
@@ -122,8 +126,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> s
     if config.loss.kl_coef or config.monitor.kl_every:
         learner.keep_start(load_model(config, resolve_model(config.model)).model if checkpoint else None)
     longest = max(map(len, encoded.token_ids + eval_encoded.token_ids)) + config.rollout.max_tokens
-    if getattr(reward, "generates", False):
-        longest = loaded.context  # its prompts are of its own making
+    if getattr(reward, "generates", False):  # from prompts of its own making
+        longest = min(loaded.context, longest + ROOM + getattr(reward, "max_tokens", 0))
     rollout = build_rollout(config, loaded, longest, statistics=bool(statistics_sampled(config, reward)))
     try:
         rollout.sync(learner.weights())
@@ -170,7 +174,7 @@ def run_steps(run: Run, done: int) -> str:
                 metrics |= evaluation(run, 1)
             log.metrics(step, metrics)
             ended = detect(run, step, metrics)
-            ended = ended or collapsed(run, step)
+            ended = ended or collapsed(run, step, metrics)
             bad_steps = bad_steps + 1 if metrics["skipped"] else 0
             if bad_steps >= config.trainer.max_bad_steps:
                 raise TrainingStopped(f"the gradient was not finite in {bad_steps} steps running, the last of them step {step}")
@@ -178,7 +182,8 @@ def run_steps(run: Run, done: int) -> str:
                 save(run, step)
                 saved = step
         # What is left may be the weights of an earlier step, and in any case has not been looked at closely.
-        after = evaluation(run, config.eval.samplings, votes_at=step) if ended is not None else None
+        looked = ended is None or (step == config.trainer.steps and ended.action != "rollback")
+        after = None if looked else evaluation(run, config.eval.samplings, votes_at=step)
         if saved != step or (ended is not None and ended.action == "rollback"):
             save(run, step)
     for message in run.alarm.final():
@@ -269,7 +274,9 @@ def learn(run: Run, step: int, batch: RolloutBatch, advantages: Tensor, figures:
     """
     parts = mini_batches(batch, run.config.trainer.mini_batch_prompts)
     if len(parts) > 1:
-        batch.old_logp = run.learner.score(batch, ("logp",))["logp"]
+        before = run.learner.score(batch, ("logp", "entropy"))
+        batch.old_logp, batch.entropy = before["logp"], before["entropy"]
+        figures["actor_entropy"] = float(before["entropy"].mean())  # of the policy that sampled, not of later mini-batches
         figures["logp_gap_max"] = larger(figures.get("logp_gap_max", 0.0), largest_gap(batch.old_logp, batch.sampled_logp))
     metrics: dict[str, float] = {}
     for rows in parts:
@@ -322,23 +329,31 @@ def detect(run: Run, step: int, metrics: dict[str, float]) -> Detection | None:
         run.log.detect(detection)
         if detection.action == "lower_rate":
             run.learner.rate_scale *= config.rate_factor
-        elif detection.action in ("stop", "rollback"):
-            ended = ended or detection
+        elif detection.action == "rollback" or (detection.action == "stop" and ended is None):
+            ended = detection
     if ended is not None and ended.action == "rollback" and run.good_weights is not None:
         run.loaded.model.load_state_dict(run.good_weights)
+        run.learner.optimizer.state.clear()  # its moments belong to the weights that are left behind
         run.rollout.sync(run.learner.weights())
-    elif "rollback" in (config.on_collapse, *config.actions.values()) and run.detectors.calm and "eval/anchor_agreement" in metrics:
-        run.good_weights = {name: value.detach().clone() for name, value in run.loaded.model.state_dict().items()}
-        run.good_step = step
+    elif run.detectors.calm and any(name.startswith("eval/") for name in metrics):
+        keep_good(run, step)
     return ended
 
 
-def collapsed(run: Run, step: int) -> Detection | None:
+def keep_good(run: Run, step: int) -> None:
+    """Remember the present weights, in host memory, where a rollback may be asked for."""
+    if run.detectors.may_roll_back:
+        run.good_weights = {name: value.detach().to("cpu", copy=True) for name, value in run.loaded.model.state_dict().items()}
+        run.good_step = step
+
+
+def collapsed(run: Run, step: int, metrics: dict[str, float]) -> Detection | None:
     """The end of a run that `monitor.stop_at_collapse` asked to end at its Model Collapse Step. It is exact, so it needs answers."""
     threshold = run.config.monitor.stop_at_collapse
     if threshold is None:
         return None
-    steps, accuracy = reward_accuracy_series(read_jsonl(run.log.run_dir / "metrics.jsonl"))
+    run.lines.append({"step": step, **metrics})
+    steps, accuracy = reward_accuracy_series(run.lines)
     reached = model_collapse_step(steps, accuracy, threshold) if steps else None
     if reached is None or reached.persistent is None or reached.windowed is None:
         return None
@@ -372,14 +387,33 @@ def went_back(run: Run, ended: Detection) -> str:
 
 
 def take_up_monitor(run: Run) -> None:
-    """Bring the detectors of a resumed run to where they were, from its log: what fired stays fired, rates stay lowered."""
-    path = run.log.run_dir / "anchors.json"
-    if path.exists():
-        run.anchors = Anchors({int(id): answer for id, answer in json.loads(path.read_text(encoding="utf-8")).items()})
-    for line in read_jsonl(run.log.run_dir / "metrics.jsonl"):
+    """Bring the monitor of a resumed run to where it was, from its log: what fired stays fired, rates stay lowered."""
+    path, step = run.log.run_dir / "anchors.json", 0
+    # Anchors made now would be those of a model that is half trained.
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    run.anchors = Anchors({int(id): answer for id, answer in saved.items()})
+    run.lines = read_jsonl(run.log.run_dir / "metrics.jsonl")
+    for line in run.lines:
         for detection in run.detectors.update(int(line["step"]), line):
             if detection.action == "lower_rate":
                 run.learner.rate_scale *= run.config.monitor.rate_factor
+            elif detection.action in ("stop", "rollback"):
+                run.log.warn(int(line["step"]), f"{detection.detector} has ended this run before and will not do so again")
+        step = int(line["step"])
+    if run.detectors.calm:
+        keep_good(run, step)
+    warn_of_few_anchors(run, step)
+
+
+def warn_of_few_anchors(run: Run, step: int) -> None:
+    """The default stop rule without anything to hold on to must not look like one that is content."""
+    assert run.anchors is not None
+    if len(run.anchors.labels) < MIN_ANCHORS and run.detectors.watches(STOP_RULE) and run.config.trainer.eval_every:
+        run.log.warn(
+            step,
+            f"{STOP_RULE} cannot look: the start model has a clear vote on {len(run.anchors.labels)} of the evaluation prompts, and it "
+            f"takes {MIN_ANCHORS}. Use more evaluation prompts (eval.prompts), or see whether its answers can be read at all",
+        )
 
 
 def collapse_summary(log: RunLog) -> dict[str, dict[str, object]]:
@@ -485,17 +519,25 @@ def evaluation(run: Run, samplings: int, votes_at: int | None = None) -> dict[st
     figures = dict(found.figures)
     if run.anchors is None:
         run.anchors = find_anchors(run)
+        warn_of_few_anchors(run, 0)
     assert found.greedy is not None
     if votes_at is not None:
         run.log.votes(votes_at, vote_rows(run, found))
-    if (agreement := run.anchors.agreement(found.greedy, run.eval_prompts.checker)) is not None:
+    if len(run.anchors.labels) >= MIN_ANCHORS:
+        agreement = run.anchors.agreement(found.greedy, run.eval_prompts.checker)
+        assert agreement is not None
         figures["anchor_agreement"] = agreement
     return {f"eval/{name}": value for name, value in figures.items()}
 
 
 def find_anchors(run: Run) -> Anchors:
-    """The clear votes of the present weights, those that training starts from, on the evaluation prompts; written to anchors.json."""
+    """The clear votes of the present weights, those that training starts from, on the evaluation prompts; written to anchors.json.
+
+    None are looked for where nobody would look at them again: the stop rule is off, or there is no evaluation until the end.
+    """
     config = run.config
+    if not (run.detectors.watches(STOP_RULE) and config.trainer.eval_every):
+        return Anchors({})
     sampling = Sampling(config.monitor.anchor_votes, config.rollout.temperature, config.rollout.max_tokens)
     everyone = range(len(run.eval_encoded))
     seed = mixed_seed(config.seed, ANCHOR_SEED)

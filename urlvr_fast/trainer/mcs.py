@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 from urlvr_fast.monitor.collapse import THRESHOLDS, average_ranks, collapse_steps, later, reward_accuracy_series, unanimity_step
+from urlvr_fast.monitor.detectors import STOP_RULE
 from urlvr_fast.trainer import config as configuration
 from urlvr_fast.trainer.checkpoint import checkpoints
 from urlvr_fast.trainer.config import Config, ConfigError
@@ -28,6 +29,7 @@ from urlvr_fast.trainer.logging import read_jsonl, write_atomic, write_json
 from urlvr_fast.trainer.loop import train
 from urlvr_fast.trainer.model import resolve_model
 
+SETTING = Path(__file__).parents[1] / "mcs.yaml"  # for the bundled arithmetic models
 PROXY = "unanimity_step (label-free proxy)"
 
 
@@ -89,18 +91,32 @@ def rank_models(
     taken = [o for o in overrides if o.partition("=")[0] in ("model", "seed", "run_dir")]
     if taken:
         raise ConfigError(f"{taken[0]}: the model, the seed and the run's directory are for `urlvr mcs` to set (models, --seeds, --out)")
+    if config_file is None and (own := [model for model in models if not model.startswith("bundled")]):
+        raise ConfigError(f"{own[0]} is not bundled, and the setting of the bundled models would not suit it: give one with --config")
     sources = {model: resolve_model(model) for model in models}  # a name that is wrong is found out before the first run
     candidates = []
     for model in models:
         runs = []
         for seed in seeds:
             path = out / slug(model) / f"seed-{seed}"
-            config = configuration.load(config_file, [*overrides, f"model={json.dumps(sources[model])}", f"seed={seed}", f"run_dir={path}"])
+            config = configuration.load(
+                config_file or SETTING, [*overrides, f"model={json.dumps(sources[model])}", f"seed={seed}", f"run_dir={path}"]
+            )
+            refuse_other_ends(config)
             make_run(config, path, log)
             runs.append(measured(path, seed))
         candidates.append(Candidate(model, runs))
         write_ranking(out, rank(candidates))
     return rank(candidates)
+
+
+def refuse_other_ends(config: Config) -> None:
+    """A run that something else ends, or holds back, has no collapse step, and would rank as one that withstands."""
+    actions = {STOP_RULE: config.monitor.on_collapse, **config.monitor.actions}
+    acting = [f"{name}: {action}" for name, action in actions.items() if action not in ("off", "warn")]
+    if acting or config.trainer.stop_after:
+        what = acting[0] if acting else f"trainer.stop_after={config.trainer.stop_after}"
+        raise ConfigError(f"{what} would end or slow runs before they collapse; `urlvr mcs` needs them to go on")
 
 
 def make_run(config: Config, path: Path, log: Callable[[str], None]) -> None:

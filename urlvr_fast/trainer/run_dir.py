@@ -29,7 +29,19 @@ RUN_FILES = (
 )
 # Options that may change between the parts of one run: they do not change what is learnt. A change of any other makes it another run.
 MAY_CHANGE = (
-    *("run_dir", "model", "log.", "eval.", "trainer.stop_after", "trainer.save_every", "trainer.keep_checkpoints", "trainer.eval_every"),
+    *(
+        "run_dir",
+        "model",
+        "log.",
+        "eval.samplings",
+        "eval.group_size",
+        "eval.temperature",
+        "eval.top_p",
+        "trainer.stop_after",
+        "trainer.save_every",
+        "trainer.keep_checkpoints",
+        "trainer.eval_every",
+    ),
     *("trainer.samples_", "trainer.micro_batch_tokens", "trainer.chunk_bytes", "trainer.gradient_checkpointing", "trainer.threads"),
     *("trainer.device", "trainer.max_bad_steps", "rollout.engine", "rollout.logp_gap_limit", "rollout.max_sequences"),
     *(

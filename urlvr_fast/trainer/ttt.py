@@ -8,11 +8,12 @@ any, are only measured against.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from urlvr_fast.tasks.prompt_set import load_prompts
+from urlvr_fast.tasks.prompt_set import is_procedural, load_prompts
 from urlvr_fast.trainer import config as configuration
 from urlvr_fast.trainer.config import Config, ConfigError
 from urlvr_fast.trainer.logging import encode_json, read_jsonl, write_atomic
@@ -34,14 +35,20 @@ class Answer:
     share_after: float
 
 
-def configure(prompts: str, *, model: str, config_file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a test-time training run on the file `prompts`. Options given in the file or as overrides win.
+def configure(prompts: str, *, model: str | None = None, config_file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a test-time training run on the prompts of a file or data set. Options in the file or as overrides win.
 
     Raises ConfigError and DataError.
     """
+    if is_procedural(prompts):
+        raise ConfigError(f"{prompts} draws its prompts; test-time training is on prompts that are there: name a file of them")
     given = configuration.load(config_file, overrides)
     rows = load_prompts(
-        prompts, prompt_column=given.prompts.prompt_column, answer_column=given.prompts.answer_column, limit=given.prompts.limit
+        prompts,
+        split=given.prompts.split,
+        prompt_column=given.prompts.prompt_column,
+        answer_column=given.prompts.answer_column,
+        limit=given.prompts.limit,
     )
     defaults = (
         f"trainer.prompts_per_step={min(len(rows), MOST_PROMPTS)}",
@@ -56,7 +63,9 @@ def configure(prompts: str, *, model: str, config_file: str | Path | None = None
         [
             *(d for d in defaults if d.partition("=")[0] not in named),
             *overrides,
-            *(f"data={prompts}", f"eval.data={prompts}", f"eval.prompts={len(rows)}", f"model={model}"),
+            *(f"data={json.dumps(prompts)}", f"eval.data={json.dumps(prompts)}", f"eval.prompts={len(rows)}"),
+            f"eval.split={json.dumps(given.prompts.split)}",
+            *([] if model is None else [f"model={json.dumps(model)}"]),
         ],
     )
     if len(rows) == 1:
@@ -76,19 +85,25 @@ def _keys(config_file: str | Path | None) -> set[str]:
 
 
 def train_at_test_time(config: Config, *, overwrite: bool = False) -> tuple[str, list[Answer]]:
-    """Train; returns how it ended and the votes before and after, which are also in `answers.jsonl` of the run."""
+    """Train; returns how it ended and the votes before and after, which are also in `answers.jsonl` of the run.
+
+    A run that was interrupted has no votes after training, and then there is no answer and no such file.
+    """
     status = train(config, overwrite=overwrite)
     assert config.run_dir is not None
     path = Path(config.run_dir)
     found = answers(path)
-    write_atomic(path / "answers.jsonl", [encode_json(vars(answer)) + b"\n" for answer in found])
+    if found:
+        write_atomic(path / "answers.jsonl", [encode_json(vars(answer)) + b"\n" for answer in found])
     return status, found
 
 
 def answers(run_dir: Path) -> list[Answer]:
-    """The votes of a run's evaluation prompts before training and after it."""
+    """The votes of a run's evaluation prompts before training and after it; none where it was interrupted before those after."""
     rows = read_jsonl(run_dir / "votes.jsonl")
     last = max(row["step"] for row in rows)
+    if last == 0:
+        return []
     after = {row["prompt_id"]: row for row in rows if row["step"] == last}
     return [
         Answer(
