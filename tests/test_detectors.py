@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from urlvr_fast.monitor.anchors import Anchors
+from urlvr_fast.monitor.anchors import Anchors, anchored_majority
 from urlvr_fast.monitor.detectors import ACTIONS, RULES, STOP_RULE, Detectors
 from urlvr_fast.monitor.pass_at_k import bootstrap_interval
 from urlvr_fast.monitor.signals import repetition, signals
@@ -25,7 +25,7 @@ HEALTHY = {
     "flat_groups": 0.2,
     "parse_rate": 0.9,
     "kl_start": 0.01,
-    "eval/anchor_agreement": 0.95,
+    "eval/anchored_majority": 0.5,
 }
 
 
@@ -53,7 +53,7 @@ def test_a_healthy_run_sets_nothing_off():
 @pytest.mark.parametrize(
     ("detector", "metric", "bad"),
     [
-        ("anchor_drift", "eval/anchor_agreement", 0.80),
+        ("anchor_drift", "eval/anchored_majority", 0.3),
         ("one_answer", "top_answer_share", 0.6),
         ("short_responses", "response_length", 45.0),
         ("long_responses", "response_length", 210.0),
@@ -79,6 +79,12 @@ def test_every_rule_has_a_case_above():
     assert {case[0] for case in cases} == set(RULES)
 
 
+def test_the_stop_rule_compares_with_the_best_so_far():
+    """A policy that has sharpened falls from where it got to, not from where it began."""
+    course = {10: 0.8, 11: 0.53, 12: 0.53}  # 0.53 is above the start, and below 0.68 of 0.8
+    assert readings(Detectors(), {"eval/anchored_majority": lambda step: course.get(step, 0.5)}) == [(12, "anchor_drift")]
+
+
 def test_a_single_bad_step_is_no_collapse():
     assert readings(Detectors(), {"response_length": lambda step: 10.0 if step % 3 == 0 and step > 5 else 100.0}) == []
 
@@ -93,7 +99,7 @@ def test_nan_is_not_healthy_and_missing_is_no_reading():
     assert (12, "entropy_rise") in readings(Detectors(), {"actor_entropy": lambda step: math.nan if step >= 10 else 0.6})
     detectors = Detectors()
     for step in range(30):
-        assert detectors.update(step, {"eval/anchor_agreement": None, "reward": 1.0}) == []
+        assert detectors.update(step, {"eval/anchored_majority": None, "reward": 1.0}) == []
 
 
 def test_a_run_in_which_nothing_ever_parses():
@@ -131,8 +137,10 @@ def test_calm_looks_at_what_does_more_than_warn():
     for step in range(1, 10):
         detectors.update(step, HEALTHY | {"repetition": 1.0})  # warns only
     assert detectors.calm
-    detectors.update(10, {"eval/anchor_agreement": 0.5})
+    detectors.update(10, {"eval/anchored_majority": 0.3})  # below its limit once: not enough to fire, and not calm
     assert not detectors.calm
+    detectors.update(11, {"eval/anchored_majority": 0.5})
+    assert detectors.calm
 
 
 def test_the_stop_rule_is_a_rule_and_actions_are_named():
@@ -207,6 +215,19 @@ def test_anchors_are_clear_votes_and_agreement_is_their_share():
     assert anchors.agreement(other, WORD) == 0.5
     assert anchors.agreement(make_batch(["a b", "9"], [0, 1], [[1]] * 2), WORD) == 0  # no answer, and a prompt that is not there
     assert Anchors({}).agreement(same, WORD) is None
+
+
+def test_anchored_majority_by_hand():
+    lines = [{"step": 0, "eval/anchor_agreement": 1.0}]
+    assert anchored_majority(lines) == {}  # no ratio is known yet
+    lines += [{"step": s, "majority_ratio": 0.1 * s} for s in (1, 2, 3)]
+    lines[-1]["eval/anchor_agreement"] = 0.5
+    assert anchored_majority(lines) == pytest.approx({0: 0.2, 3: 0.5 * 0.2})
+    lines += [{"step": s, "majority_ratio": 0.1 * s} for s in (4, 5, 6, 7)]
+    lines[-1]["eval/anchor_agreement"] = 0.8
+    # The start: mean of steps 1 to 5; step 3: of 1 to 3; step 7: of 3 to 7.
+    assert anchored_majority(lines) == pytest.approx({0: 0.3, 3: 0.1, 7: 0.8 * 0.5})
+    assert anchored_majority([{"step": 1, "majority_ratio": 0.5, "eval/anchor_agreement": None}]) == {}
 
 
 # ---- bootstrap

@@ -1,9 +1,15 @@
-"""Anchors: what the base model was sure of, before training, on prompts that nobody needs to have answers for."""
+"""Anchors: what the base model was sure of, before training, on prompts that nobody needs to have answers for.
+
+`anchored_majority` is what the default stop rule reads: the share of the anchors that greedy answers still give, times the majority ratio
+of the training rollouts. The first says whether the mode is still what it was, the second how much of the mass is on it: together a
+label-free stand-in for the accuracy of a sample, which rises while a policy sharpens what it knew and falls when it leaves that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from urlvr_fast.rewards.answers import AnswerChecker
@@ -12,6 +18,8 @@ from urlvr_fast.rewards.ensemble import Votes
 if TYPE_CHECKING:
     from urlvr_fast.trainer.batch import RolloutBatch
 
+ANCHORED_MAJORITY = "eval/anchored_majority"  # the metric's name
+RATIO_STEPS = 5  # training steps over which the majority ratio is averaged
 CLEAR_MAJORITY = 0.5  # share of the rollouts from which a vote counts as clear
 
 
@@ -44,3 +52,27 @@ class Anchors:
             if answer is not None and checker.equivalent(answer, self.labels[prompt_id]):
                 agreed.add(prompt_id)
         return len(agreed) / len(self.labels)
+
+
+def anchored_majority(lines: Sequence[Mapping[str, float | None]]) -> dict[int, float]:
+    """Step -> anchored majority, at each evaluation in the lines of a metrics.jsonl.
+
+    The majority ratio is the mean of the last 5 steps; for the evaluation before training, that of the first 5 steps after it, so it is
+    known once there are some.
+    """
+    readings: dict[int, float] = {}
+    ratios: list[float] = []
+    start: float | None = None
+    for line in lines:
+        if (ratio := line.get("majority_ratio")) is not None:
+            ratios.append(ratio)
+            if start is not None and len(ratios) <= RATIO_STEPS:
+                readings[0] = start * fmean(ratios)
+        agreement, step = line.get("eval/anchor_agreement"), line["step"]
+        if agreement is None or step is None:
+            continue
+        if step == 0:
+            start = agreement
+        elif ratios:
+            readings[int(step)] = agreement * fmean(ratios[-RATIO_STEPS:])
+    return readings

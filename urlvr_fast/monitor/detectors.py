@@ -5,10 +5,10 @@ and fires once, after `patience` readings in a row beyond its limit. None of the
 `Detection.action` says what was asked for.
 
 `anchor_drift` is the default stop rule. Sharpening, which is all that an intrinsic reward can do (the paper's Theorem 1 and its
-assumption A1), raises what the base model already preferred: where its vote was clear, its answer stays. So the clear votes of the base
-model on a fixed set of prompts are an anchor: a policy whose greedy answers there are others is no longer sharpening, whatever its reward
-says. It needs prompts, not answers. It is meant for intrinsic rewards: a weak model that learns from the truth changes clear votes too, for
-the better, and sets it off.
+assumption A1), raises what the base model already preferred: where its vote was clear, its answer stays and gains. So the clear votes of
+the base model on a fixed set of prompts are an anchor (`monitor.anchors`): when greedy answers leave them faster than the votes gain, the
+policy is no longer sharpening, whatever its reward says. It needs prompts, not answers. It is meant for intrinsic rewards: a weak model
+that learns from the truth changes clear votes too, for the better, and can set it off.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple
+
+from urlvr_fast.monitor.anchors import ANCHORED_MAJORITY
 
 ACTIONS = ("off", "warn", "stop", "lower_rate", "rollback")
 
@@ -34,6 +36,10 @@ class Rule(NamedTuple):
 
 def _times(reference: float, _earlier: list[float], threshold: float) -> float:
     return threshold * reference
+
+
+def _times_best(_reference: float, earlier: list[float], threshold: float) -> float:
+    return threshold * max(earlier)
 
 
 def _plus(reference: float, _earlier: list[float], threshold: float) -> float:
@@ -58,7 +64,7 @@ def _jump(_reference: float, earlier: list[float], threshold: float) -> float:
 
 RULES: dict[str, Rule] = {
     "anchor_drift": Rule(
-        "eval/anchor_agreement", False, 0.9, _times, "the answers that the base model was sure of are changing", 1, reference_readings=1
+        ANCHORED_MAJORITY, False, 0.68, _times_best, "the answers that the base model was sure of are changing", 2, reference_readings=1
     ),
     "one_answer": Rule("top_answer_share", True, 0.5, _share_or_twice, "one answer wins prompts that should not share it"),
     "short_responses": Rule("response_length", False, 0.5, _times, "length collapse"),

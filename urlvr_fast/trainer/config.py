@@ -142,8 +142,8 @@ class EvalConfig:
 class MonitorConfig:
     on_collapse: str = option(
         "warn",
-        "What the default stop rule, `anchor_drift`, does when it fires: `warn`, `stop`, `lower_rate`, `rollback` (to the newest "
-        "evaluation before which nothing had fired; then stop), `off`. It looks at evaluations: trainer.eval_every sets how soon.",
+        "What the default stop rule, `anchor_drift`, does when it fires: `warn`, `stop`, `lower_rate`, `rollback` (to the "
+        "evaluation at which the anchors held best; then stop), `off`. It looks at evaluations: trainer.eval_every sets how soon.",
     )
     actions: dict[str, str] = option({}, "The same of other detectors, by name (`urlvr_fast.monitor.detectors.RULES`); unnamed ones warn.")
     thresholds: dict[str, float] = option({}, "Thresholds of detectors, by name, in the place of their own.")

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from urlvr_fast.errors import ExplainedError
 from urlvr_fast.monitor.alignment import alignment_metrics
-from urlvr_fast.monitor.anchors import Anchors
+from urlvr_fast.monitor.anchors import ANCHORED_MAJORITY, Anchors, anchored_majority
 from urlvr_fast.monitor.collapse import collapse_steps, model_collapse_step, reward_accuracy_series
 from urlvr_fast.monitor.detectors import STOP_RULE, Detection, Detectors
 from urlvr_fast.monitor.hacking import RewardAlarm
@@ -93,7 +93,7 @@ class Run:
     stats_checked: bool = False  # whether statistics taken while sampling were compared with the trainer's
     good_weights: dict[str, Tensor] | None = None  # what `rollback` goes back to
     good_step: int = 0
-    lines: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl, where `monitor.stop_at_collapse` looks back
+    lines: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl, for what looks back
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> str:
@@ -162,6 +162,7 @@ def run_steps(run: Run, done: int) -> str:
         if done == 0:
             warn_of_skipped(run)
             metrics = evaluation(run, config.eval.samplings, votes_at=0)
+            look_back(run, 0, metrics)
             log.metrics(0, metrics)
             detect(run, 0, metrics)
             saved = -1
@@ -172,9 +173,10 @@ def run_steps(run: Run, done: int) -> str:
                 metrics |= evaluation(run, config.eval.samplings, votes_at=step)
             elif config.trainer.eval_every and step % config.trainer.eval_every == 0:
                 metrics |= evaluation(run, 1)
+            look_back(run, step, metrics)
             log.metrics(step, metrics)
             ended = detect(run, step, metrics)
-            ended = ended or collapsed(run, step, metrics)
+            ended = ended or collapsed(run, step)
             bad_steps = bad_steps + 1 if metrics["skipped"] else 0
             if bad_steps >= config.trainer.max_bad_steps:
                 raise TrainingStopped(f"the gradient was not finite in {bad_steps} steps running, the last of them step {step}")
@@ -321,11 +323,20 @@ def chat_prompts(run: Run) -> bool:
     return run.config.prompts.template != "plain" and bool(getattr(run.loaded.tokenizer, "chat_template", None))
 
 
+def look_back(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """Add to the step's metrics what follows from the steps before."""
+    run.lines.append({"step": step, **metrics})
+    if step and "eval/anchor_agreement" in metrics:
+        metrics[ANCHORED_MAJORITY] = run.lines[-1][ANCHORED_MAJORITY] = anchored_majority(run.lines)[step]
+
+
 def detect(run: Run, step: int, metrics: dict[str, float]) -> Detection | None:
     """Let the detectors look at a step, and do what was asked for what they find. Returns the detection that ends the run, if one does."""
     config, ended = run.config.monitor, None
-    found = run.detectors.update(step, metrics)
-    for detection in found:
+    readings = anchored_majority(run.lines) if ANCHORED_MAJORITY in metrics else {}
+    if 0 in readings and len(readings) == 2:  # what the start read is known only now
+        run.detectors.update(0, {ANCHORED_MAJORITY: readings[0]})
+    for detection in run.detectors.update(step, metrics):
         run.log.detect(detection)
         if detection.action == "lower_rate":
             run.learner.rate_scale *= config.rate_factor
@@ -335,7 +346,11 @@ def detect(run: Run, step: int, metrics: dict[str, float]) -> Detection | None:
         run.loaded.model.load_state_dict(run.good_weights)
         run.learner.optimizer.state.clear()  # its moments belong to the weights that are left behind
         run.rollout.sync(run.learner.weights())
-    elif run.detectors.calm and any(name.startswith("eval/") for name in metrics):
+    elif (
+        run.detectors.calm
+        and any(name.startswith("eval/") for name in metrics)
+        and readings.get(step, 0.0) >= max(readings.values(), default=0.0)
+    ):
         keep_good(run, step)
     return ended
 
@@ -347,12 +362,11 @@ def keep_good(run: Run, step: int) -> None:
         run.good_step = step
 
 
-def collapsed(run: Run, step: int, metrics: dict[str, float]) -> Detection | None:
+def collapsed(run: Run, step: int) -> Detection | None:
     """The end of a run that `monitor.stop_at_collapse` asked to end at its Model Collapse Step. It is exact, so it needs answers."""
     threshold = run.config.monitor.stop_at_collapse
     if threshold is None:
         return None
-    run.lines.append({"step": step, **metrics})
     steps, accuracy = reward_accuracy_series(run.lines)
     reached = model_collapse_step(steps, accuracy, threshold) if steps else None
     if reached is None or reached.persistent is None or reached.windowed is None:
@@ -393,13 +407,16 @@ def take_up_monitor(run: Run) -> None:
     saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     run.anchors = Anchors({int(id): answer for id, answer in saved.items()})
     run.lines = read_jsonl(run.log.run_dir / "metrics.jsonl")
+    readings = anchored_majority(run.lines)
     for line in run.lines:
-        for detection in run.detectors.update(int(line["step"]), line):
+        reading = {ANCHORED_MAJORITY: readings[line["step"]]} if line["step"] in readings else {}
+        for detection in run.detectors.update(int(line["step"]), line | reading):
             if detection.action == "lower_rate":
                 run.learner.rate_scale *= run.config.monitor.rate_factor
             elif detection.action in ("stop", "rollback"):
                 run.log.warn(int(line["step"]), f"{detection.detector} has ended this run before and will not do so again")
         step = int(line["step"])
+    # The weights at the best reading are gone; those of the checkpoint are the best that there is to go back to.
     if run.detectors.calm:
         keep_good(run, step)
     warn_of_few_anchors(run, step)
