@@ -59,6 +59,7 @@ def test_metrics_by_hand():
         "pass@4": 2 / 3,
         "pseudo_label_accuracy": (1.0 + 0.0 + 0.0) / 3,
         "reward_accuracy": (1.0 + 0.0 + 1.0) / 3,  # zeros that match zeros count
+        "majority_reward_accuracy": (1.0 + 0.0 + 1.0) / 3,  # the reward is majority voting
         "point_biserial": pearson(truth, rewards.tolist()),
     }
     assert metrics == pytest.approx(expected)

@@ -151,7 +151,8 @@ def test_options_of_a_task(tmp_path: Path) -> None:
     assert set(prompts.columns["operation"]) == {"*"}
     assert set(prompts.columns["difficulty"]) == {3}
     with pytest.raises(
-        DataError, match=r"countdown has no option 'number'; did you mean 'numbers'\? It has: numbers, largest, largest_target, style"
+        DataError,
+        match=r"countdown has no option 'number'; did you mean 'numbers'\? It has: numbers, largest, largest_target, operators, style",
     ):
         load_prompts("countdown", options={"number": 3})
     for reserved in ("limit", "seed", "split"):

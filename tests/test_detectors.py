@@ -225,8 +225,8 @@ def test_anchored_majority_by_hand():
     assert anchored_majority(lines) == pytest.approx({0: 0.2, 3: 0.5 * 0.2})
     lines += [{"step": s, "majority_ratio": 0.1 * s} for s in (4, 5, 6, 7)]
     lines[-1]["eval/anchor_agreement"] = 0.8
-    # The start: mean of steps 1 to 5; step 3: of 1 to 3; step 7: of 3 to 7.
-    assert anchored_majority(lines) == pytest.approx({0: 0.3, 3: 0.1, 7: 0.8 * 0.5})
+    # The start and step 3: mean of steps 1 to 3; step 7: of 3 to 7.
+    assert anchored_majority(lines) == pytest.approx({0: 0.2, 3: 0.1, 7: 0.8 * 0.5})
     assert anchored_majority([{"step": 1, "majority_ratio": 0.5, "eval/anchor_agreement": None}]) == {}
 
 

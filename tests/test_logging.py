@@ -63,7 +63,8 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
     assert (run["status"], run["seed"]) == ("finished", 7)
     assert run["versions"]["torch"] == torch.__version__  # type: ignore[index]
     assert run["started"] <= run["finished"]  # type: ignore[operator]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl", "run.json", "samples.jsonl", "summary.json"]
+    files = ["config.yaml", "metrics.jsonl", "run.json", "samples.jsonl", "summary.json", "votes.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_mcs_command_ranks_bundled_models_and_goes_on(tmp_path):
         (["bundled", "bundled"], "once"),
         (["bundled", "seed=3"], "seed=3"),
         (["bundled:nothing"], "no model called 'nothing' is bundled; there are arithmetic"),
-        (["./nowhere"], "no such directory"),
+        (["bundled", "./nowhere", "--config", "x.yaml"], "no such directory"),
     ],
 )
 def test_mcs_refuses(tmp_path, arguments, message):

@@ -49,7 +49,7 @@ def make_run(
 
 
 FIRED = {  # the last is unknown to this version
-    "anchor_drift": Detection(30, "anchor_drift", "stop", 0.4, 0.9, f"anchor_drift: eval/anchor_agreement is 0.4, below 0.9 {HOSTILE}"),
+    "anchor_drift": Detection(30, "anchor_drift", "stop", 0.2, 0.3, f"anchor_drift: eval/anchored_majority is 0.2, below 0.3 {HOSTILE}"),
     "kl_spike": Detection(20, "kl_spike", "warn", 1.0, 0.1, "kl_spike: kl_start is 1, above 0.1"),
     "not_yet_invented": Detection(10, "not_yet_invented", "pray", 1.0, 0.1, "something rose"),
 }
@@ -62,7 +62,9 @@ def make_collapsing_run(path: Path, *, steps: int = 40, fall: int = 20, labels: 
     (path / "config.yaml").write_text(yaml.safe_dump({"reward": reward, "trainer": {"steps": 60}}))
     with RunLog(path, total_steps=60, live="off") as log:
         for step in range(steps + 1):
-            values: dict[str, Any] = {"eval/greedy_accuracy": 0.5, "eval/anchor_agreement": 1 - step / 50} if step % 10 == 0 else {}
+            values: dict[str, Any] = {"eval/greedy_accuracy": 0.5} if step % 10 == 0 else {}
+            if values:
+                values |= {"eval/anchor_agreement": 1 - step / 50, "eval/anchored_majority": 0.5 - step / 100}
             if step:
                 values |= {"reward": 12.0 if continuous else 0.8, "majority_ratio": 0.6 + step / 100, "top_answer_share": 0.25 + step / 100}
                 values |= {"flat_groups": step / 80, "repetition": step / 200, "actor_entropy": 1 / step}
@@ -328,14 +330,14 @@ def test_what_the_detectors_found(tmp_path: Path) -> None:
     listed = re.findall(r"<li>(.*?)</li>", page.source[page.source.index('id="detections"') : page.source.index("Key facts")])
     listed = [re.sub("<.*?>", "", item) for item in listed]
     assert len(listed) == 3
-    assert listed[0].startswith("step 30 anchor_drift eval/anchor_agreement is 0.4, below 0.9")
+    assert listed[0].startswith("step 30 anchor_drift eval/anchored_majority is 0.2, below 0.3")
     assert listed[0].endswith("→ the run was stopped")
     assert listed[1] == "step 20 kl_spike kl_start is 1, above 0.1 → a warning; the run went on"
     assert listed[2] == "step 10 not_yet_invented something rose → pray"
     figures = figures_of(page)
     for title, figure in figures.items():
         ticks = re.findall(r'<i class="tick alone" style="left:calc\((.*?)%.*?" title="(\w+) at step', figure)
-        expected = {"Anchor agreement": [("75.00", "anchor_drift")], "KL to the start model": [("50.00", "kl_spike")]}
+        expected = {"Anchored majority": [("75.00", "anchor_drift")], "KL to the start model": [("50.00", "kl_spike")]}
         assert ticks == expected.get(title, []), title
     assert "kl_spike at step 20</li>" in figures["KL to the start model"]  # legible without a pointer
     assert "detector kl_spike at step 20" in figures["KL to the start model"]
@@ -343,7 +345,7 @@ def test_what_the_detectors_found(tmp_path: Path) -> None:
 
 def test_why_a_run_was_stopped_stands_at_its_top(tmp_path: Path) -> None:
     text = Page(write_report([make_collapsing_run(tmp_path / "run")])).text
-    reason = "step 40, anchor_drift: eval/anchor_agreement is 0.4, below 0.9"
+    reason = "step 40, anchor_drift: eval/anchored_majority is 0.2, below 0.3"
     assert re.search(r"■ stopped Stopped at step 40 of 60 after [\d.]+ s: " + re.escape(reason), text)
     assert text.index(reason) < text.index("Detectors that fired")
 
@@ -552,7 +554,7 @@ def test_markers_can_be_seen(browser: Any, tmp_path: Path, width: int, scheme: s
             assert left < label_left < label_right < chart["figure"][1]
             assert label_bottom < bottom
         assert len({label[0][2] for label in chart["labels"]}) == runs  # none lies on another
-        watched = {"KL to the start model": 0.5, "Anchor agreement": 0.75}
+        watched = {"KL to the start model": 0.5, "Anchored majority": 0.75}
         assert len(chart["ticks"]) == (runs if chart["title"] in watched else 0)
         for index, ((tick_left, tick_right, tick_top, tick_bottom), colour) in enumerate(chart["ticks"]):
             assert tick_left + 5 == pytest.approx(left + watched[chart["title"]] * (right - left) + 4 * index, abs=1.5)

@@ -57,8 +57,8 @@ class Anchors:
 def anchored_majority(lines: Sequence[Mapping[str, float | None]]) -> dict[int, float]:
     """Step -> anchored majority, at each evaluation in the lines of a metrics.jsonl.
 
-    The majority ratio is the mean of the last 5 steps; for the evaluation before training, that of the first 5 steps after it, so it is
-    known once there are some.
+    The majority ratio is the mean of the last 5 steps; for the evaluation before training, that of the steps up to the next evaluation,
+    5 at most, so its reading is known from then on and does not change any more.
     """
     readings: dict[int, float] = {}
     ratios: list[float] = []
@@ -75,4 +75,5 @@ def anchored_majority(lines: Sequence[Mapping[str, float | None]]) -> dict[int, 
             start = agreement
         elif ratios:
             readings[int(step)] = agreement * fmean(ratios[-RATIO_STEPS:])
+            start = None
     return readings

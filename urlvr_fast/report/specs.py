@@ -35,7 +35,7 @@ def sections_of(runs: list[Run]) -> list[tuple[str, list[Spec]]]:
     )
     passes = tuple((name, name) for name in sorted(names) if name.startswith("pass@"))
     evaluations = tuple(
-        (name, name.removeprefix("eval/").replace("_", " ")) for name in _in_order(names, "eval/", runs) if name != "eval/anchor_agreement"
+        (name, name.removeprefix("eval/").replace("_", " ")) for name in _in_order(names, "eval/", runs) if "anchor" not in name
     )
     return [
         (
@@ -71,6 +71,12 @@ def sections_of(runs: list[Run]) -> list[tuple[str, list[Spec]]]:
                     "Anchor agreement",
                     (("eval/anchor_agreement", "share"),),
                     "Share of the base model's clear votes that greedy answers still give; sharpening keeps them. Needs no answers.",
+                    points=True,
+                ),
+                Spec(
+                    "Anchored majority",
+                    (("eval/anchored_majority", "share"),),
+                    "Anchor agreement times majority ratio: follows accuracy without answers. What the default stop rule reads.",
                     points=True,
                 ),
                 Spec(
