@@ -409,13 +409,13 @@ def take_up_monitor(run: Run) -> None:
     run.lines = read_jsonl(run.log.run_dir / "metrics.jsonl")
     readings = anchored_majority(run.lines)
     for line in run.lines:
-        reading = {ANCHORED_MAJORITY: readings[line["step"]]} if line["step"] in readings else {}
-        for detection in run.detectors.update(int(line["step"]), line | reading):
+        step = int(line["step"])
+        reading = {ANCHORED_MAJORITY: readings[step]} if step in readings else {}
+        for detection in run.detectors.update(step, line | reading):
             if detection.action == "lower_rate":
                 run.learner.rate_scale *= run.config.monitor.rate_factor
             elif detection.action in ("stop", "rollback"):
-                run.log.warn(int(line["step"]), f"{detection.detector} has ended this run before and will not do so again")
-        step = int(line["step"])
+                run.log.warn(step, f"{detection.detector} has ended this run before and will not do so again")
     # The weights at the best reading are gone; those of the checkpoint are the best that there is to go back to.
     if run.detectors.calm:
         keep_good(run, step)
