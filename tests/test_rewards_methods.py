@@ -190,6 +190,30 @@ def test_sums_by_hand():
             reward(aggregate="median")
 
 
+def test_sums_and_verifiers_against_float64_loops():
+    """The sum forms and the procedural verifier on ragged, interleaved groups; fp32 inputs count as exact numbers."""
+    rng = random.Random(5)
+    logp = [[-3 * rng.random() for _ in range(rng.randint(1, 30))] for _ in GROUPS]
+    entropy = [[2 * rng.random() for _ in row] for row in logp]
+    batch = make_batch(
+        [f"text {i}={i % 5}" for i in range(len(GROUPS))], GROUPS, logp=logp, entropy=entropy, columns={"target": list(range(len(GROUPS)))}
+    )
+    single = torch.tensor([value for row in logp for value in row]).double().tolist()
+    ends = list(itertools.accumulate(map(len, logp)))
+    sums = [math.fsum(single[end - len(row) : end]) for end, row in zip(ends, logp, strict=True)]
+    assert TrajectoryEntropy(aggregate="sum")(batch).tolist() == pytest.approx(sums, rel=1e-6)
+    single = torch.tensor([value for row in entropy for value in row]).double().tolist()
+    sums = [-math.fsum(single[end - len(row) : end]) for end, row in zip(ends, entropy, strict=True)]
+    assert TokenEntropy(aggregate="sum")(batch).tolist() == pytest.approx(sums, rel=1e-6)
+
+    def verify(text, columns):
+        return float(int(text.rsplit("=")[1]) == columns["target"] % 3)
+
+    expected = [float(i % 5 == i % 3) for i in range(len(GROUPS))]
+    assert 0 < sum(expected) < len(GROUPS)
+    assert Procedural(verify)(batch).tolist() == expected
+
+
 def test_entropy_rewards_are_not_inert():
     """The released code drops the entropies before the reward reads them: all rewards are 0, and so are all advantages."""
     batch = make_batch(["a", "b", "c"], entropy=[[0.5, 1.5], [0.1, 0.1], [2.0, 2.0]])

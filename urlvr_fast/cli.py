@@ -184,7 +184,11 @@ def _audit(options: argparse.Namespace) -> int:
 
     _check_folders(json=options.json)
     rows = audit_file(options.rollouts, answers_kind=options.answers, data_task=options.task)
-    _table(f"{options.rollouts}", *table(rows))
+    header, cells = table([row for row in rows if row.missing is None])
+    _table(f"{options.rollouts}: what each reward says, and whether that is right", header, cells)
+    for row in rows:
+        if row.missing is not None:
+            print(f"not computed: {row.name} ({row.missing})")
     if options.json:
         options.json.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     return 0
@@ -284,10 +288,10 @@ def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]
 
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # Text: square brackets in a completion or a model's name are no markup
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a pipe or a file has no width of its own
 
 
 def _split(words: list[str]) -> tuple[str | None, list[str]]:

@@ -161,9 +161,10 @@ def rank(candidates: Sequence[Candidate]) -> Ranking:
 
 
 def table(ranking: Ranking) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the ranked table: median over the seeds [earliest, latest] of each measure, and the tokens spent."""
-    measures = [m for m in (*THRESHOLDS, PROXY) if all(m in run.steps for c in ranking.candidates for run in c.runs)]
-    header = ("rank", "model", *(f"{m} *" if m == ranking.measure else m for m in measures), "tokens")
+    """Header and rows of the ranked table: median over the seeds [earliest, latest] of what they are ranked by and of the paper's own
+    measure, and the tokens spent. mcs.json has the others."""
+    measures = [ranking.measure, *(["MCS"] if ranking.measure not in ("MCS", PROXY) else [])]
+    header = ("rank", "model", *measures, "tokens")
     rows = [
         (f"{rank:g}", c.model, *(c.reach(m) for m in measures), f"{sum(run.tokens for run in c.runs):,}")
         for rank, c in zip(ranking.ranks, ranking.candidates, strict=True)
