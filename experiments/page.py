@@ -18,9 +18,8 @@ written down with the rule that judges it before its runs were made (its file in
 before all of its runs were in). Learning rate and length were chosen on seed 100, and the Countdown model of (g) was pre-trained until it
 judged better than it solved, before any of its runs. Every configuration has three seeds: 0, 1 and 2.
 
-An evaluation is 128 prompts × 4 samples, the same seeds every time: its standard error is about 0.02, that of a moving average of three
-about 0.015. Of a run that does nothing the best of thirty such averages would lie some 0.03 above its start, so read rises of that
-size as noise, whatever the rule says.
+An evaluation is 128 prompts × 4 samples: if those were 512 independent ones, the standard error of an accuracy of one half would be 0.022.
+A best is the highest of some thirty such figures, so read rises and falls of 0.02 or 0.03 as noise, whatever a rule says of them.
 
 """
 
