@@ -3,7 +3,8 @@
 `kernels/` stands beside `urlvr_fast/` in the checkout and installs as `urlvr_fast.kernels`. `csrc/` becomes one plain shared library,
 `urlvr_fast/_C.abi3.so`, which knows nothing of Python and uses torch's stable ABI: one build serves torch 2.11 and newer. It is made
 where there is a C++ compiler, with its CUDA part where there are nvcc and a CUDA torch as well. Without a compiler the installation goes
-on without it, and `urlvr doctor` says what is missing. URLVR_FAST_BUILD=0 leaves it out.
+on without it, and `urlvr doctor` says what is missing. URLVR_FAST_BUILD=0 leaves it out; TORCH_CUDA_ARCH_LIST, torch's own variable, says for
+which GPUs the CUDA part is compiled (as "9.0a" for a Hopper alone: a third of the time).
 """
 
 import os
@@ -22,6 +23,8 @@ NVCC = [
     "--expt-relaxed-constexpr",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     "-DUSE_CUDA",
+]
+ARCHITECTURES = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90a,code=sm_90a",
     "-gencode=arch=compute_90,code=compute_90",
@@ -44,10 +47,13 @@ def compiled_kernels() -> dict:
     make, flags = cpp_extension.CppExtension, {"cxx": CXX}
     if cpp_extension.CUDA_HOME is not None and cuda_torch():
         folders, endings = [*folders, "csrc/cuda"], [".cpp", ".cu"]
-        make, flags = cpp_extension.CUDAExtension, {"cxx": CXX, "nvcc": NVCC}
+        make, flags = cpp_extension.CUDAExtension, {"cxx": CXX, "nvcc": NVCC + ([] if "TORCH_CUDA_ARCH_LIST" in os.environ else ARCHITECTURES)}
     sources = [str(path.relative_to(root)) for folder in folders for path in sorted((root / folder).iterdir()) if path.suffix in endings]
+    extension = make("urlvr_fast._C", sources, extra_compile_args=flags, py_limited_api=True)
+    if "cudart" in extension.libraries:
+        link_cuda_runtime(extension)
     return {
-        "ext_modules": [make("urlvr_fast._C", sources, extra_compile_args=flags, py_limited_api=True)],
+        "ext_modules": [extension],
         "cmdclass": {"build_ext": cpp_extension.BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
@@ -57,6 +63,19 @@ def cuda_torch() -> bool:
     import torch
 
     return torch.version.cuda is not None
+
+
+def link_cuda_runtime(extension) -> None:
+    """By its file: the one that torch itself loads, where pip brought it, has no name that `-lcudart` finds, and torch looks for a toolkit
+    where the `nvcc` on the PATH lies, which may be a link or a script."""
+    import torch
+
+    major = torch.version.cuda.split(".")[0]
+    folders = [*Path(torch.__file__).parents[1].glob("nvidia/cu*/lib"), *Path(torch.__file__).parents[1].glob("nvidia/cuda_runtime/lib")]
+    found = [path for folder in [*folders, *map(Path, extension.library_dirs)] for path in folder.glob(f"libcudart.so.{major}")]
+    if found:
+        extension.libraries.remove("cudart")
+        extension.extra_link_args = [*extension.extra_link_args, str(found[0])]
 
 
 def skip(reason: str) -> dict:
