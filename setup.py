@@ -3,8 +3,8 @@
 `kernels/` stands beside `urlvr_fast/` in the checkout and installs as `urlvr_fast.kernels`. `csrc/` becomes one plain shared library,
 `urlvr_fast/_C.abi3.so`, which knows nothing of Python and uses torch's stable ABI: one build serves torch 2.11 and newer. It is made
 where there is a C++ compiler, with its CUDA part where there are nvcc and a CUDA torch as well. Without a compiler the installation goes
-on without it, and `urlvr doctor` says what is missing. URLVR_FAST_BUILD=0 leaves it out; TORCH_CUDA_ARCH_LIST, torch's own variable, says for
-which GPUs the CUDA part is compiled (as "9.0a" for a Hopper alone: a third of the time).
+on without it, and `urlvr doctor` says what is missing. URLVR_FAST_BUILD=0 leaves it out; TORCH_CUDA_ARCH_LIST, torch's own variable, says
+for which GPUs the CUDA part is compiled (as "9.0a" for a Hopper alone: half of the time).
 """
 
 import os
@@ -47,7 +47,8 @@ def compiled_kernels() -> dict:
     make, flags = cpp_extension.CppExtension, {"cxx": CXX}
     if cpp_extension.CUDA_HOME is not None and cuda_torch():
         folders, endings = [*folders, "csrc/cuda"], [".cpp", ".cu"]
-        make, flags = cpp_extension.CUDAExtension, {"cxx": CXX, "nvcc": NVCC + ([] if "TORCH_CUDA_ARCH_LIST" in os.environ else ARCHITECTURES)}
+        architectures = [] if "TORCH_CUDA_ARCH_LIST" in os.environ else ARCHITECTURES
+        make, flags = cpp_extension.CUDAExtension, {"cxx": CXX, "nvcc": NVCC + architectures}
     sources = [str(path.relative_to(root)) for folder in folders for path in sorted((root / folder).iterdir()) if path.suffix in endings]
     extension = make("urlvr_fast._C", sources, extra_compile_args=flags, py_limited_api=True)
     if "cudart" in extension.libraries:

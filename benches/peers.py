@@ -11,10 +11,14 @@ all of them can compute. Who cannot be imported or does not run is listed with t
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -51,6 +55,21 @@ class Provider:
             return metadata.version(self.package)
         except metadata.PackageNotFoundError:
             return None
+
+
+def module_alone(name: str) -> ModuleType:
+    """A module of a package; where the package as a whole does not import, without running what its `__init__` files ask for."""
+    try:
+        return importlib.import_module(name)
+    except Exception:  # a package that needs what is not there may raise anything
+        parents = name.split(".")[:-1]
+        for parent in (".".join(parents[: i + 1]) for i in range(len(parents))):
+            if parent not in sys.modules:
+                spec = importlib.util.find_spec(parent)
+                if spec is None:
+                    raise
+                sys.modules[parent] = importlib.util.module_from_spec(spec)
+        return importlib.import_module(name)
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------------------------
@@ -123,13 +142,14 @@ def _on_policy(logp: Tensor, advantages: Tensor, tokens: float) -> Tensor:
     return -(torch.exp(logp - logp.detach()) * advantages).sum() / tokens
 
 
-def _eager_policy(inplace: bool = False) -> Policy:
-    logp = _eager_statistics(("logp",))
+def _from_logp(statistics: Callable[[tuple[str, ...], bool], Statistics]) -> Callable[[bool], Policy]:
+    """Log-probs from a provider, the loss in torch."""
 
-    def run(rows: Rows, logits: Tensor) -> Tensor:
-        return _on_policy(logp(logits, rows.ids, rows.mask)[0], rows.advantages, rows.live)
+    def policy(inplace: bool) -> Policy:
+        logp = statistics(LOGP, inplace)
+        return lambda rows, logits: _on_policy(logp(logits, rows.ids, rows.mask)[0], rows.advantages, rows.live)
 
-    return run
+    return policy
 
 
 def _compiled_statistics(names: tuple[str, ...], inplace: bool = False) -> Statistics:
@@ -164,10 +184,22 @@ def _trl_statistics(names: tuple[str, ...], inplace: bool = False) -> Statistics
     return run
 
 
-def _trl_policy(inplace: bool = False) -> Policy:
-    """Its GRPO trainer's way with logits: log-probs from `selective_log_softmax`, the loss in torch."""
-    logp = _trl_statistics(("logp",))
-    return lambda rows, logits: _on_policy(logp(logits, rows.ids, rows.mask)[0], rows.advantages, rows.live)
+# ---- verl ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _verl_statistics(names: tuple[str, ...], inplace: bool) -> Statistics:
+    """Its actor's functions: flash-attn's cross entropy where that is installed, else a loop over rows in torch."""
+    functional = module_alone("verl.utils.torch_functional")
+    if inplace and importlib.util.find_spec("flash_attn") is None:
+        raise ImportError("in place by flash-attn, which is not installed")
+
+    def run(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Sequence[Tensor]:
+        values = [functional.logprobs_from_logits(logits, ids, inplace_backward=inplace)]
+        if "entropy" in names:
+            values.append(functional.entropy_from_logits(logits))
+        return values if mask is None else [torch.where(mask, value, 0) for value in values]
+
+    return run
 
 
 # ---- Triton kernels of others ----------------------------------------------------------------------------------------------------------
@@ -175,6 +207,8 @@ def _trl_policy(inplace: bool = False) -> Policy:
 
 def _sequences(rows: Rows, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, L + 1, V) logits, (B, L) ids and mask of functions that give a sequence's last logits no loss."""
+    if rows.length == 1:
+        raise ValueError("gives the last row of a sequence no loss")
     batch = logits.view(rows.sequences, rows.length, -1)
     mask = torch.ones_like(rows.ids) if rows.mask is None else rows.mask.long()
     ids, mask = (value.view(rows.sequences, -1)[:, :-1].contiguous() for value in (rows.ids, mask))
@@ -186,6 +220,8 @@ def _liger_statistics(names: tuple[str, ...], inplace: bool = False) -> Statisti
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
     def run(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Sequence[Tensor]:
+        if len(logits) == 1:
+            raise ValueError("gives the last row no log-prob")
         mask = None if mask is None else mask[None, :-1].long()
         logp = fused_selective_log_softmax(logits[None], ids[None, :-1], 1.0, mask)
         return [torch.nn.functional.pad(logp[0], (0, 1))]
@@ -212,6 +248,21 @@ def _liger_policy(inplace: bool) -> Policy:
             reduce=True,
             num_items_in_batch=rows.live,
         )[0]
+
+    return run
+
+
+def _liger_ce_policy(inplace: bool) -> Policy:
+    """Cross entropy whose forward overwrites the logits with its gradient."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    if not inplace:
+        raise ValueError("writes over the logits in its forward")
+
+    def run(rows: Rows, logits: Tensor) -> Tensor:
+        labels = rows.ids if rows.mask is None else torch.where(rows.mask, rows.ids, -100)
+        losses = LigerCrossEntropyFunction.apply(logits, labels, None, -100, 0.0, 0.0, "none")[0]
+        return _on_policy(-losses, rows.advantages, rows.live)
 
     return run
 
@@ -259,12 +310,23 @@ def providers() -> list[Provider]:
     """In the order of the table's columns, ours first."""
     own = [_own(backend) for backend in ("cpp", "triton", "cuda", "torch")]
     others = [
-        Provider("torch eager", "torch", _eager_statistics, STATISTICS, policy=_eager_policy, per_logit=(12, 28)),
+        Provider("torch eager", "torch", _eager_statistics, STATISTICS, policy=_from_logp(_eager_statistics), per_logit=(12, 28)),
         Provider("torch.compile", "torch", _compiled_statistics, STATISTICS, policy=_compiled_policy, per_logit=(0, 12)),
-        Provider("TRL", "trl", _trl_statistics, ("logp", "entropy"), policy=_trl_policy, per_logit=(4, 24)),
+        Provider("TRL", "trl", _trl_statistics, ("logp", "entropy"), policy=_from_logp(_trl_statistics), per_logit=(4, 24)),
+        Provider(
+            "verl",
+            "verl",
+            _verl_statistics,
+            ("logp", "entropy"),
+            policy=_from_logp(_verl_statistics),
+            inplace=True,
+            devices=GPU,
+            per_logit=(8, 24),
+        ),
         Provider("Liger", "liger-kernel", _liger_statistics, LOGP, False, _liger_policy, inplace=True, devices=GPU),
+        Provider("Liger CE", "liger-kernel", policy=_liger_ce_policy, inplace=True, devices=GPU, per_logit=(0, 2)),
         Provider("fla", "flash-linear-attention", _fla_statistics, LOGP, policy=_fla_policy, inplace=True, devices=GPU),
-        Provider("QuACK", "quack-kernels", _quack_statistics, LOGP, inplace=True, devices=GPU),
+        Provider("QuACK", "quack-kernels", _quack_statistics, LOGP, policy=_from_logp(_quack_statistics), inplace=True, devices=GPU),
         Provider("CCE", "cut-cross-entropy", needs=LINEAR),
         Provider("Liger fused linear", "liger-kernel", needs=LINEAR),
     ]

@@ -1,12 +1,70 @@
-"""Shared by the tests: a tiny real model on disk, and the folder of contest problems where there is one."""
+"""Shared by the tests: a tiny real model on disk, the folder of contest problems where there is one, and the device that ops are tested on.
+
+URLVR_FAST_TEST_DEVICE=cuda puts every tensor that a test makes on the GPU; `simulated` does so without one (see `simulated_gpu`).
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+sys.path.append(str(Path(__file__).parent))  # cuda_on_cpu and simulated_gpu, which several files take part in
+DEVICE = os.environ.get("URLVR_FAST_TEST_DEVICE", "cpu")
+if DEVICE == "simulated":  # before torch is imported
+    import simulated_gpu
+
+    simulated_gpu.install()
+
+import torch  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+
+
+class DrawnOnHost(TorchFunctionMode):
+    """What a test draws with a generator are the same numbers on every device."""
+
+    FACTORIES = (torch.rand, torch.randn, torch.randint, torch.randperm)
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function in self.FACTORIES and "generator" in options and "device" not in options:
+            return function(*arguments, **options, device="cpu").to("cuda")
+        return function(*arguments, **options)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "host: a promise for tensors on the host, where looking at a number makes nobody wait")
+    config.addinivalue_line("markers", "real: needs a device, or none; the simulated one will not do")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if DEVICE != "cpu" and item.get_closest_marker("host"):
+            item.add_marker(pytest.mark.skip(reason="a promise for tensors on the host"))
+        if DEVICE == "simulated" and item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.skip(reason="the simulated device will not do"))
+
+
+if DEVICE != "cpu":
+    torch.set_default_device("cuda")
+    DrawnOnHost().__enter__()
+
+
+@pytest.fixture(scope="session")
+def same_but_rounded():
+    """Asserts that a 16-bit gradient is the fp32 gradient, rounded once. On a GPU the lanes of a row of 16-bit logits hold other columns
+    than those of the same row in fp32, so that its statistics may differ in the last bit and a number may fall to the neighbour."""
+
+    def check(narrow: torch.Tensor, wide: torch.Tensor) -> None:
+        if DEVICE == "cpu":
+            assert torch.equal(narrow, wide.to(narrow.dtype))
+        else:  # two neighbours: the interpreter of Triton's kernels does not round to 16 bits, it cuts off
+            digits = 7 if narrow.dtype == torch.bfloat16 else 10
+            torch.testing.assert_close(narrow.float(), wide, rtol=2.0**-digits, atol=1e-7)
+
+    return check
 
 
 @pytest.fixture(scope="session")

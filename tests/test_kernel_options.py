@@ -1,7 +1,7 @@
 """Every statistic and every pair of options against the float64 reference, at the error bounds, on every kernel package that runs here.
 
 The C++ kernels run with each instruction set that the processor has. `TRITON_INTERPRET=1 pytest tests/test_kernel_options.py` runs the
-Triton kernels as well (`make test` does both).
+Triton kernels as well (`make test` does both), and on a GPU (see conftest.py) the Triton and CUDA kernels and plain PyTorch run there.
 """
 
 import itertools
@@ -18,9 +18,10 @@ from urlvr_fast.ops.reference import LOSS_TYPES, LossOptions
 ALL = TokenStats._fields
 DIFFERENTIABLE = reference.DIFFERENTIABLE
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_HOST = torch.get_default_device().type == "cpu"
 N = 6
-BACKENDS = ["triton"] if INTERPRETED else ["portable", "avx2", "avx512"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if INTERPRETED else [torch.float64])
+BACKENDS = (["triton"] if INTERPRETED else ["portable", "avx2", "avx512"]) if ON_HOST else ["triton", "cuda", "torch"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if INTERPRETED or not ON_HOST else [torch.float64])
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,10 @@ def same_numbers_every_time():
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """The name of a backend; with `cpp` the instruction set of the parameter is in use."""
-    if request.param == "triton":
+    if INTERPRETED and request.param == "triton":
         request.getfixturevalue("tiny_triton")
-        yield "triton"
+    if not ON_HOST or INTERPRETED:
+        yield request.param
         return
     before = torch.ops.urlvr_fast.cpp_instruction_set("")
     try:
@@ -46,7 +48,7 @@ def backend(request):
 
 def columns() -> int:
     """Three segments, the last one neither whole nor a multiple of a vector."""
-    return 2 * 64 + 43 if INTERPRETED else 2 * 4096 + 1003
+    return 2 * 64 + 43 if INTERPRETED else 2 * (4096 if ON_HOST else 16384) + 1003
 
 
 OPTIONS = (
@@ -191,7 +193,9 @@ def test_pairs_of_options(names, dtype, backend):
     for gradient, wanted in zip(wide, exact_gradients, strict=True):
         assert relative(gradient, wanted) <= (1e-5 if dtype != torch.float64 else 1e-12)
     assert gradients[0].dtype == dtype
-    if dtype != case.wide and INTERPRETED:  # the interpreter cuts fp32 to bf16 off, and lanes hold other columns of 16-bit rows
+    if dtype != case.wide and (
+        INTERPRETED or not ON_HOST
+    ):  # the interpreter cuts fp32 to bf16 off, and lanes hold other columns of 16-bit rows
         torch.testing.assert_close(gradients[0], wide[0].to(dtype), rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-7)
     elif dtype != case.wide:
         assert torch.equal(gradients[0], wide[0].to(dtype)), "a 16-bit gradient is the fp32 gradient, rounded once"
@@ -200,7 +204,7 @@ def test_pairs_of_options(names, dtype, backend):
 def test_a_row_does_not_depend_on_its_company(backend):
     """One row alone is shared out over threads (or programs), forty are not: the bits must be those of the row."""
     v = columns()
-    rows = 5 if INTERPRETED else 40
+    rows = 5 if INTERPRETED else 40 if ON_HOST else 600
     logits, ids = torch.randn(rows, v) * 3, torch.randint(0, v, (rows,))
     upstream = torch.randn(rows)
     together = logits.clone().requires_grad_()

@@ -4,7 +4,6 @@ the emulated machine of tests/cuda_on_cpu, where they are held against the float
 `python tests/test_kernels_cuda.py` prints registers and compile seconds of every kernel.
 """
 
-import ctypes
 import itertools
 import math
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_cpu import DTYPES, EVERYTHING, Kernels, Settings, build_harness, machine, rows_of
 
 from urlvr_fast.ops import reference
 from urlvr_fast.ops.layout import CORRECTIONS, ENTROPY_ON_KEEP, GRADS, HAS_OLD, KL_KINDS, LOSS_LINES, RAW, STATS, LossLine, Stat
@@ -24,9 +24,7 @@ from urlvr_fast.ops.layout import CORRECTIONS, ENTROPY_ON_KEEP, GRADS, HAS_OLD, 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 INF, NAN = math.inf, math.nan
-EVERYTHING = (1 << 9) - 1
 DIFFERENTIABLE = ("logp", "lse", "entropy", "self_certainty", "mean_logit")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # --------------------------------------------------------------------------------------------------------------- compiled by nvcc
 
@@ -74,86 +72,6 @@ def test_the_registration_compiles(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- the emulated machine
 
 
-class Arguments(ctypes.Structure):
-    POINTERS = ("bias", "ids", "mask", "temperatures", "crow", "col")
-    _fields_ = (
-        [("logits", ctypes.c_void_p)]
-        + [(name, ctypes.c_int64) for name in ("a", "b", "columns", "outer_stride", "inner_stride")]
-        + [(name, ctypes.c_void_p) for name in POINTERS]
-        + [(name, ctypes.c_double) for name in ("temperature", "softcap", "scale")]
-        + [(name, ctypes.c_int64) for name in ("id_offset", "total", "flags", "dtype")]
-    )
-
-
-class Settings(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("multiprocessors", "clusters", "slice_bytes", "shared_bytes", "seed")]
-
-
-def machine(multiprocessors=1, clusters=0, slice_bytes=72 * 1024, seed=1):
-    """1 multiprocessor: never more than a block to a row. Many: as many as there are segments for."""
-    return Settings(multiprocessors, clusters, slice_bytes, 227 * 1024, seed)
-
-
-def pointer(t):
-    return None if t is None else t.data_ptr()
-
-
-class Kernels:
-    """The functions of a kernel package over the harness."""
-
-    def __init__(self, path):
-        self.library = ctypes.CDLL(str(path))
-        for name in ("statistics", "gradient", "policy", "scale"):
-            getattr(self.library, f"cuda_{name}").restype = ctypes.c_char_p
-        self.settings = machine()
-
-    def call(self, name, rows, flags, *arguments):
-        logits = rows["logits"]
-        assert logits.stride(-1) == 1 or logits.shape[-1] == 1
-        a, b, v = logits.shape
-        packed = Arguments(logits.data_ptr(), a, b, v, logits.stride(0), logits.stride(1), *(pointer(rows[k]) for k in Arguments.POINTERS))
-        for k in ("temperature", "softcap", "scale", "id_offset", "total"):
-            setattr(packed, k, rows[k])
-        packed.flags, packed.dtype = flags, DTYPES[logits.dtype]
-        error = getattr(self.library, f"cuda_{name}")(ctypes.byref(packed), ctypes.byref(self.settings), *arguments)
-        if error:
-            raise RuntimeError(error.decode())
-
-    def statistics(self, rows, flags=EVERYTHING):
-        out = torch.full((STATS, rows["logits"].shape[:2].numel()), NAN)
-        self.call("statistics", rows, flags, ctypes.c_void_p(out.data_ptr()))
-        return out
-
-    def gradient(self, rows, stats, upstream, given, out, flags=EVERYTHING, bias_grad=None):
-        strides = (ctypes.c_int64(out.stride(0)), ctypes.c_int64(out.stride(1)))
-        vectors = (ctypes.c_void_p(stats.data_ptr()), ctypes.c_void_p(upstream.data_ptr()))
-        data = ctypes.c_void_p(out.data_ptr())
-        self.call("gradient", rows, flags, *vectors, ctypes.c_int64(given), data, *strides, ctypes.c_void_p(pointer(bias_grad)))
-        return out
-
-    def policy(self, rows, loss, out, flags, present=0, kinds=(0, 0, 0), numbers=None, row_scale=None):
-        stats = torch.full((STATS, loss.shape[1]), NAN)
-        way = ctypes.c_int64(-1)
-        values = (ctypes.c_double * 11)(*numbers)
-        strides = (ctypes.c_int64(out.stride(0)), ctypes.c_int64(out.stride(1)))
-        integers = [ctypes.c_int64(i) for i in (present, *kinds)]
-        tensors = (ctypes.c_void_p(stats.data_ptr()), ctypes.c_void_p(out.data_ptr()), *strides, ctypes.c_void_p(pointer(row_scale)))
-        self.call("policy", rows, flags, ctypes.c_void_p(loss.data_ptr()), *integers, values, *tensors, ctypes.byref(way))
-        return stats, way.value
-
-    def scale(self, gradient, factor, row_scale=None):
-        by = torch.tensor([factor])
-        self.call("scale", rows_of(gradient), 0, ctypes.c_void_p(by.data_ptr()), ctypes.c_void_p(pointer(row_scale)))
-
-
-def build_harness(folder):
-    out = Path(folder) / "cuda_on_cpu.so"
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
-    harness = ROOT / "tests" / "cuda_on_cpu"
-    subprocess.run(["g++", *flags, f"-I{harness}", str(harness / "harness.cpp"), "-o", str(out)], check=True)
-    return out
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     if shutil.which("g++") is None:
@@ -164,13 +82,6 @@ def library(tmp_path_factory):
 @pytest.fixture
 def kernels(library):
     return Kernels(library)
-
-
-def rows_of(logits, **options):
-    rows = dict.fromkeys(Arguments.POINTERS)
-    rows.update(logits=logits, temperature=1.0, softcap=0.0, scale=1.0, id_offset=0, total=logits.shape[-1])
-    rows.update(options)
-    return rows
 
 
 def random_logits(a, b, v, dtype=torch.float32, seed=1, size=3.0):

@@ -222,7 +222,7 @@ def test_an_impossible_token_has_log_probability_minus_infinity(implementation):
 
 @pytest.mark.parametrize("shift", [0.0, 5000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_bounds(dtype, shift):
+def test_error_bounds(dtype, shift, same_but_rounded):
     """2e-6 + 2 ulp₃₂(max(|x|max, |result|)) for outputs, 1e-5 in norm for gradients, against float64 on the same numbers."""
     generator = torch.Generator().manual_seed(3)
     logits = (torch.randn(16, 20011, generator=generator) * 4 + shift).to(dtype).requires_grad_()
@@ -250,7 +250,7 @@ def test_error_bounds(dtype, shift):
         fp32 = logits.detach().float().requires_grad_()
         stats = token_stats(fp32, ids, outputs=DIFFERENTIABLE)
         loss = (g[0] * stats.logp + g[1] * stats.entropy + g[2] * stats.self_certainty + g[3] * stats.lse).sum()
-        assert torch.equal(gradient, torch.autograd.grad(loss, fp32)[0].to(dtype))  # the fp32 gradient, rounded once
+        same_but_rounded(gradient, torch.autograd.grad(loss, fp32)[0])
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -418,18 +418,18 @@ L = torch.randn(3, 5)
         ({"logits": torch.randn(3, 0)}, ValueError, "no column"),
         ({"logits": torch.randn(3, 5).int()}, TypeError, "fp16, bf16, fp32 or fp64"),
         ({"logits": torch.randn(5, 3).T}, ValueError, "last stride of logits must be 1"),
-        ({"ids": torch.tensor([0, 5, 1])}, IndexError, r"ids\[1\] = 5 is not a column of 0..4"),
-        ({"ids": torch.tensor([0, -1, 1])}, IndexError, r"ids\[1\] = -1"),
-        ({"ids": torch.tensor([0, 4, 1]), "vocab_size": 4}, IndexError, "0..3"),
+        pytest.param({"ids": torch.tensor([0, 5, 1])}, IndexError, r"ids\[1\] = 5 is not a column of 0..4", marks=pytest.mark.host),
+        pytest.param({"ids": torch.tensor([0, -1, 1])}, IndexError, r"ids\[1\] = -1", marks=pytest.mark.host),
+        pytest.param({"ids": torch.tensor([0, 4, 1]), "vocab_size": 4}, IndexError, "0..3", marks=pytest.mark.host),
         ({"ids": torch.tensor([0.0, 1.0, 2.0])}, TypeError, "ids must be int64 or int32"),
         ({"ids": torch.tensor([0, 1])}, ValueError, r"ids must have shape \(3,\)"),
-        ({"ids": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, "ids is on meta, the rest on cpu"),
+        ({"ids": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, "ids is on meta, the rest on c"),
         ({"ids": None}, ValueError, "logp needs ids"),
         ({"outputs": "perplexity"}, ValueError, "choose from logp, lse, entropy"),
         ({"outputs": ()}, ValueError, "choose from"),
         ({"temperature": 0.0}, ValueError, "temperature must be above 0"),
         ({"temperature": math.nan}, ValueError, "temperature must be above 0"),
-        ({"temperature": torch.tensor([1.0, -2.0, 1.0])}, ValueError, r"temperature\[1\] = -2.0"),
+        pytest.param({"temperature": torch.tensor([1.0, -2.0, 1.0])}, ValueError, r"temperature\[1\] = -2.0", marks=pytest.mark.host),
         ({"temperature": torch.ones(2)}, ValueError, "temperature must have shape"),
         ({"softcap": 0.0}, ValueError, "softcap"),
         ({"scale": math.inf}, ValueError, "scale"),
@@ -440,8 +440,12 @@ L = torch.randn(3, 5)
         ({"entropy_support": "keep"}, ValueError, "needs a keep set"),
         ({"entropy_support": "top"}, ValueError, "entropy_support='top'"),
         ({"keep": (torch.tensor([0, 1]), torch.tensor([0]))}, ValueError, "4 offsets for 3 rows"),
-        ({"keep": (torch.tensor([0, 1, 1, 3]), torch.tensor([0, 1]))}, ValueError, "must rise from 0 to 2"),
-        ({"keep": (torch.tensor([0, 1, 1, 2]), torch.tensor([0, 9]))}, IndexError, "col must lie in 0..4"),
+        pytest.param(
+            {"keep": (torch.tensor([0, 1, 1, 3]), torch.tensor([0, 1]))}, ValueError, "must rise from 0 to 2", marks=pytest.mark.host
+        ),
+        pytest.param(
+            {"keep": (torch.tensor([0, 1, 1, 2]), torch.tensor([0, 9]))}, IndexError, "col must lie in 0..4", marks=pytest.mark.host
+        ),
         ({"inplace_backward": True, "logits": torch.randn(3, 5, requires_grad=True)}, ValueError, "leaf that requires grad"),
         ({"inplace_backward": True, "logits": torch.randn(1, 5).expand(3, 5)}, ValueError, "expanded"),
     ],

@@ -289,6 +289,7 @@ def loss_rows(
     """Advantages per token, weights and liveness of the rows. Denominators and lengths come from `mask`, never from live rows."""
     n, device = len(mask), mask.device
     sequence = None if cu_seqlens is None else sequence_of_rows(cu_seqlens, n)
+    advantages = advantages.detach().to(device=device, dtype=dtype, non_blocking=True)  # may be on the host
     if sequence is not None and cu_seqlens is not None and len(advantages) != n:
         advantages = advantages[sequence]
 
@@ -297,7 +298,7 @@ def loss_rows(
 
     count = torch.as_tensor(mask.sum(), dtype=dtype, device=device)
     rows = LossRows(
-        advantages=advantages.detach().to(device=device, dtype=dtype),
+        advantages=advantages,
         mask=mask,
         live=mask,
         weight=mask,

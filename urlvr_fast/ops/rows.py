@@ -53,15 +53,16 @@ class Rows(NamedTuple):
         return bool(self.flags & ENTROPY_ON_KEEP)
 
 
-def blocks(tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(first row, end row, (n, V) view) pieces of (A, B, V), of at most BLOCK_ELEMENTS elements (but at least a row)."""
-    step = max(1, BLOCK_ELEMENTS // tensor.shape[-1])
-    outer, inner = tensor.shape[:2]
-    grids = [tensor.view(-1, tensor.shape[-1])] if outer == 1 or tensor.stride(0) == inner * tensor.stride(1) else list(tensor)
+def blocks(*tensors: Tensor) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """(first row, end row, an (n, V) view of each) pieces of (A, B, V) tensors, of at most BLOCK_ELEMENTS elements (but at least a row)."""
+    outer, inner, columns = tensors[0].shape
+    step = max(1, BLOCK_ELEMENTS // columns)
+    merge = outer == 1 or all(tensor.stride(0) == inner * tensor.stride(1) for tensor in tensors)
+    grids = [tuple(tensor.view(-1, columns) for tensor in tensors)] if merge else zip(*tensors, strict=True)
     for index, grid in enumerate(grids):
-        for a in range(0, len(grid), step):
-            piece = grid[a : a + step]
-            yield index * inner + a, index * inner + a + len(piece), piece
+        for a in range(0, len(grid[0]), step):
+            pieces = [tensor[a : a + step] for tensor in grid]
+            yield index * inner + a, index * inner + a + len(pieces[0]), pieces
 
 
 def row_sum(values: Tensor) -> Tensor:
@@ -247,7 +248,7 @@ def finish(parts: Partials, flags: int, has_keep: bool, mask: Tensor | None) -> 
 def statistics(*arguments) -> None:
     """Of every row, packed: see `layout.py`."""
     rows, out = Rows(*arguments[:-1]), arguments[-1]
-    for a, b, piece in blocks(rows.logits):
+    for a, b, (piece,) in blocks(rows.logits):
         parts = _partials(_scaled(piece, rows, a, b), rows, a, b)
         mask = None if rows.mask is None else rows.mask[a:b]
         out[:, a:b] = torch.stack(parts) if rows.flags & RAW else finish(parts, rows.flags, rows.crow is not None, mask)
@@ -293,7 +294,7 @@ def gradient(*arguments) -> None:
     """d loss / d logits into `out`, which may be the logits: see `layout.py`."""
     rows, (stats, upstream, given, out, bias_grad) = Rows(*arguments[:-5]), arguments[-5:]
     co = coefficients(rows, stats, upstream, given)
-    for (a, b, piece), (_, _, target) in zip(blocks(rows.logits), blocks(out), strict=True):
+    for a, b, (piece, target) in blocks(rows.logits, out):
         x = _scaled(piece, rows, a, b)
         slope = None if not rows.softcap else _softcap_slope(x, rows, a, b)
         dx = _block_gradient(x, rows, stats, co, given, a, b)
@@ -350,6 +351,6 @@ def scale(gradient: Tensor, factor: Tensor, row_scale: Tensor | None) -> None:
     """gradient (A, B, V) times a number, and one a row, in place; 16-bit gradients in fp32 with one rounding."""
     if row_scale is None and readable(factor) and float(factor) == 1.0:
         return
-    for a, b, piece in blocks(gradient):
+    for a, b, (piece,) in blocks(gradient):
         by = factor if row_scale is None else (factor * row_scale[a:b])[:, None]
         piece.copy_(piece.to(accumulation_dtype(piece.dtype)).mul_(by))

@@ -195,13 +195,18 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def completion_loss(model: Qwen3ForCausalLM, tokens: Tensor, prompt_lens: Tensor) -> Tensor:
     """Mean cross-entropy of the completion tokens, `<eos>` included. Padding stands on the right of a causal model: no mask is needed."""
     targets = tokens[:, 1:]
-    is_completion = (torch.arange(1, tokens.shape[1]) >= prompt_lens[:, None]) & (targets != PAD)
+    is_completion = (torch.arange(1, tokens.shape[1], device=tokens.device) >= prompt_lens[:, None]) & (targets != PAD)
     hidden = model.model(tokens[:, :-1], use_cache=False).last_hidden_state
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[is_completion]), targets[is_completion])
 
 
-def pretrain(model: Qwen3ForCausalLM, batches: tuple[Tensor, Tensor], peak_lr: float) -> Iterator[tuple[int, float]]:
-    """One AdamW step per batch. Yields the number of steps done and the loss, after each."""
+def pretrain(
+    model: Qwen3ForCausalLM, batches: tuple[Tensor, Tensor], peak_lr: float, *, autocast: bool = False
+) -> Iterator[tuple[int, float]]:
+    """One AdamW step per batch. Yields the number of steps done and the loss, after each.
+
+    batches: of `training_batches`, on the model's device. autocast: the products in bfloat16.
+    """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
@@ -211,7 +216,8 @@ def pretrain(model: Qwen3ForCausalLM, batches: tuple[Tensor, Tensor], peak_lr: f
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_lr)
-        loss = completion_loss(model, tokens.long(), prompt_lens.long())
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=autocast):
+            loss = completion_loss(model, tokens.long(), prompt_lens.long())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -327,7 +333,8 @@ def measure(
     """Greedy accuracy, and avg@k, maj@k and majority ratio of k samples at temperature 1, overall and per operation."""
     model.eval()
     checker = arithmetic.checker()
-    encoded = tokenizer([problem.prompt for problem in problems], padding=True, return_tensors="pt", return_token_type_ids=False)
+    prompts = [problem.prompt for problem in problems]
+    encoded = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False).to(model.device)
 
     def answers(**sampling: Any) -> list[str | None]:
         out = model.generate(**encoded, **sampling, max_new_tokens=WIDTH, pad_token_id=PAD, eos_token_id=EOS)

@@ -152,7 +152,7 @@ class Learner:
                     self._head.weight,
                     ids,
                     advantages=advantages[rows].to(self._device),
-                    cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(self._device),
+                    cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),  # on the host: it says where chunks may be cut
                     rollout_logp=batch.sampled_logp[where].to(self._device),
                     old_logp=None if batch.old_logp is None else batch.old_logp[where].to(self._device),
                     ref_logp=batch.ref_logp[where].to(self._device) if batch.ref_logp is not None and self._loss.kl_coef else None,

@@ -1,0 +1,1 @@
+"""Checks that need a GPU, each a module to run by itself."""
