@@ -1,13 +1,14 @@
 # make train   set up, then train the bundled model without labels; make test   set up, then run the tests; make bench   measure the ops.
+# make gpu-check   check and measure everything on a GPU.
 # make paper   repeat the paper's findings on small models (about an hour on two cores; what is in experiments/results is not made again).
 # ARGS="…" goes to the command that is run: make train ARGS="trainer.steps=50", make test ARGS="-k rewards".
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test bench paper lint types clean
+.PHONY: help setup train test bench gpu-check paper lint types clean
 
 help:
-	@echo "make setup | train | test | bench | paper | lint | types | clean      (ARGS=… is passed on)"
+	@echo "make setup | train | test | bench | gpu-check | paper | lint | types | clean      (ARGS=… is passed on)"
 
 setup:
 	@sh scripts/setup.sh
@@ -22,6 +23,10 @@ test: setup lint types
 bench: setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[bench]'
 	$(BIN)/python -m benches $(ARGS)
+
+# On a machine with a GPU and whatever Python has torch there: nothing is downloaded. Wheels of peers may lie in wheels/.
+gpu-check:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m benches.gpu_check $(ARGS)
 
 paper: setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[paper]'

@@ -1,23 +1,25 @@
 """`python -m benches`: measure, print the table, write benches/results/<device>-<date>-<commit>.json.
 
 Without arguments the shapes that the design sets numbers for and a few around them, some minutes on two cores; `--full` measures
-everything that fits into memory, which takes hours where a peer is slow. What `--only` or `--providers` select is written only with
-`--out`.
+everything that fits into memory, which takes hours where a peer is slow; `--grid` looks for a cliff: two measures of everybody at 25 shapes
+from 1 row to 32768 and 1024 columns to 262144. What `--only` or `--providers` select is written only with `--out`. With `--out` the file is
+written after every scenario: a run that is killed leaves what it had.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-from benches import memory, policy_loss_from_logits, table, token_stats
+from benches import grid, memory, policy_loss_from_logits, table, token_stats
 from benches.data import DTYPES, Rows, Scenario, available_memory, memory_needed
 from benches.machine import describe, write
 from benches.measure import HOT_BELOW, Case, Limits, Stopwatch, floors, interleave
@@ -26,6 +28,9 @@ from benches.peers import Provider, providers
 OPS = (token_stats, policy_loss_from_logits)
 ROUNDS = {"cpu": 25, "cuda": 50}
 SHAPES = ((1, 151936), (3, 151936), (64, 32000), (512, 32000), (64, 151936), (512, 151936), (2048, 151936), (8192, 32000), (8192, 151936))
+GRID_ROWS, GRID_COLUMNS = (1, 32, 1024, 8192, 32768), (1024, 32000, 128256, 151936, 262144)
+GRID = sorted((Scenario(rows, columns) for rows in GRID_ROWS for columns in GRID_COLUMNS), key=lambda s: s.rows * s.columns)
+GRID_MEASURES = ("forward, logp", "forward, logp + entropy", "forward, logp + entropy + SC", policy_loss_from_logits.IN_PLACE)
 FULL = [
     Scenario(rows, columns, dtype, data, masked)
     for rows, columns in SHAPES
@@ -48,7 +53,7 @@ CHOSEN = {
     ),
     "cuda": (
         (Scenario(8192, 151936), EVERYBODY),
-        (Scenario(512, 151936), EVERYBODY),
+        (Scenario(512, 151936), NOT_COMPILED),
         (Scenario(1, 151936), NOT_COMPILED),
         (Scenario(3, 151936), NOT_COMPILED),
         (Scenario(64, 32000), NOT_COMPILED),
@@ -77,12 +82,15 @@ def _too_large(case: Case, provider: Provider, scenario: Scenario, device: torch
     return "" if needed < 0.9 * free else f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
-def run_scenario(scenario: Scenario, who: str, taking_part: Sequence[Provider], device: torch.device, limits: Limits) -> dict:
+def run_scenario(
+    scenario: Scenario, who: str, taking_part: Sequence[Provider], device: torch.device, limits: Limits, measures: Sequence[str] = ()
+) -> dict:
+    """measures: only these; all where there are none."""
     torch._dynamo.reset()  # every scenario compiles anew: a full cache would quietly fall back to eager
     absent = {p.name: _not_chosen(who, p, taking_part[0]) for p in taking_part}
     here = {p.name: p for p in taking_part if not absent[p.name]}
     rows = Rows(scenario, device)
-    cases = [case for op in OPS for case in op.cases(rows, list(here.values()))]
+    cases = [case for op in OPS for case in op.cases(rows, list(here.values())) if not measures or case.measure in measures]
     for case in cases:
         case.absent = _too_large(case, here[case.provider], scenario, device)
     cases = floors(rows.logits, rows.destination) + cases
@@ -117,8 +125,15 @@ def _record(case: Case) -> dict:
 
 
 def run(
-    scenarios: Sequence[tuple[Scenario, str]], chosen: Sequence[Provider], device: torch.device, limits: Limits, with_memory: bool
-) -> dict:
+    scenarios: Sequence[tuple[Scenario, str]],
+    chosen: Sequence[Provider],
+    device: torch.device,
+    limits: Limits,
+    with_memory: bool,
+    budget: float = math.inf,
+    measures: Sequence[str] = (),
+) -> Iterator[dict]:
+    """The result so far, after each scenario and at the end. Each scenario may take as much of the `budget` as those after it."""
     started = time.time()
     missing = {p.name: p.absent(device) for p in chosen}
     there = [p for p in chosen if not missing[p.name]]
@@ -126,34 +141,41 @@ def run(
         "machine": describe(device),
         "kind": device.type,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "limits": vars(limits),
+        "limits": {"rounds": limits.rounds, "seconds": limits.seconds},
         "providers": [{"name": p.name, "package": p.package, "version": p.version(), "absent": missing[p.name]} for p in chosen],
         "scenarios": [],
         "skipped": [],
         "memory": [],
     }
     for number, (scenario, who) in enumerate(scenarios, 1):
-        reason = left_out(scenario, device)
+        left = budget - (time.time() - started)
+        reason = left_out(scenario, device) or ("the --budget was spent" if left <= 0 else "")
         print(f"[{number}/{len(scenarios)}] {scenario}{f': left out, {reason}' if reason else ''}", file=sys.stderr, flush=True)
         if reason:
             result["skipped"].append({"scenario": vars(scenario), "reason": reason})
         else:
-            result["scenarios"].append(run_scenario(scenario, who, there, device, limits))
+            # The first is the one that matters, and everybody compiles in it.
+            share = left / (len(scenarios) - number + 1) if number > 1 or measures else left / 2
+            within = Limits.within(limits.rounds, limits.seconds, share)
+            result["scenarios"].append(run_scenario(scenario, who, there, device, within, measures))
+            yield result
     if with_memory:
         for provider in [p for p in there if p.ours]:
             result["memory"].append(memory.in_fresh_process(Scenario(512, 151936), provider.name.split()[-1]))
     result["seconds"] = round(time.time() - started)
-    return result
+    yield result
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="every shape, dtype, data and mask, all peers")
+    parser.add_argument("--grid", action="store_true", help="a few measures at many shapes")
     parser.add_argument("--only", action="append", metavar="N,V[,dtype[,data[,masked]]]", help="this scenario; may be repeated")
     parser.add_argument("--providers", metavar="A,B", help="only providers whose name contains one of these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help=f"rounds of a scenario (default {ROUNDS['cpu']} on a CPU, {ROUNDS['cuda']} on a GPU)")
     parser.add_argument("--seconds", type=float, default=Limits.seconds, help="for each case of a scenario (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="for the whole command (default: no limit)")
     parser.add_argument("--no-memory", action="store_true", help="do not count memory")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     return parser.parse_args(arguments)
@@ -176,9 +198,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scenarios = [(s, EVERYBODY) for s in FULL] if options.full else list(CHOSEN[device.type])
     if options.only:
         scenarios = [(_scenario(text), EVERYBODY) for text in options.only]
-    result = run(scenarios, chosen, device, Limits(options.rounds or ROUNDS[device.type], options.seconds), not options.no_memory)
-    print(table.text(result))
-    write(result, "", device, options.out, wanted=not (options.only or options.providers))
+    if options.grid:
+        chosen = [p for p in chosen if p.name != "torch.compile"]  # it compiles for longer at each shape than all others measure
+        scenarios = scenarios if options.only else [(scenario, EVERYBODY) for scenario in GRID]
+    limits = Limits(options.rounds or ROUNDS[device.type], options.seconds)
+    with_memory, measures = not (options.no_memory or options.grid), GRID_MEASURES if options.grid else ()
+    prefix, result = table.GRID if options.grid else "", {}
+    for result in run(scenarios, chosen, device, limits, with_memory, options.budget, measures):
+        if options.out:
+            write(result, prefix, device, options.out, wanted=True)
+    print(grid.text(result) if options.grid else table.text(result))
+    if not options.out:
+        write(result, prefix, device, None, wanted=not (options.only or options.providers))
 
 
 if __name__ == "__main__":

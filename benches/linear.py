@@ -46,7 +46,6 @@ SEQUENCE = {"cpu": 128, "cuda": 1024}  # tokens of a sequence, which have one ad
 MEMORY_ROWS, MEMORY_WIDTH, MEMORY_CHUNK = (1024, 2048, 4096, 8192, 16384, 32768), 128, 64 << 20
 EAGER_COPIES = 4  # of the fp32 logits that eager holds at its worst, for the decision what fits
 CHECKED, BLOCK = 16, 8192  # rows and columns that are compared; columns of float64 logits at a time
-LOADING, SAMPLING = 0.6, 0.8  # shares of --budget after which no other case is begun, and nobody gets a second sample
 LEFT_OUT = "left out: "
 NOT_CALLED = ("ImportError", "ModuleNotFoundError", "TimeoutError", "needs ", "measured with ", LEFT_OUT)  # such reasons for an absence
 
@@ -118,23 +117,6 @@ class Problem:
         exact_columns = (factor * ((self.ids[:, None] == self.columns).double() - p)).T @ hidden
         pairs = {"dX": (d_hidden[self.rows], exact_rows), "dW": (d_weight[self.columns], exact_columns)}
         return {name: float((got.double() - want).norm() / want.norm()) for name, (got, want) in pairs.items()}
-
-
-@dataclass(frozen=True)
-class Budget(Limits):
-    until: float = math.inf  # time.monotonic() after which one sample has to do
-
-    def allow(self, case: Case) -> bool:
-        return super().allow(case) and (not case.samples or time.monotonic() < self.until)
-
-
-def _within(load: Callable[[], Any], until: float) -> Callable[[], Any]:
-    def within() -> Any:
-        if time.monotonic() > until:
-            raise TimeoutError("the --budget was spent")
-        return load()
-
-    return within
 
 
 # ---- what is timed ---------------------------------------------------------------------------------------------------------------------
@@ -377,13 +359,15 @@ def run(
     device: torch.device,
     dtypes: Sequence[str],
     chosen: Sequence[Peer],
-    limits: Limits,
+    rounds: int,
+    seconds: float,
     chunks: Sequence[int],
     memory_of: tuple[Sequence[int], int, int, int],
     budget: float = math.inf,
 ) -> Iterator[dict]:
     """The result so far, after each part."""
     begin = time.monotonic()
+    limits = Limits.within(rounds, seconds, budget)
     result: dict[str, Any] = {
         "benchmark": "linear",
         "machine": describe(device),
@@ -399,8 +383,8 @@ def run(
     for part in ([], chosen) if device.type == "cuda" and chosen else (chosen,):
         problems = {dtype: functools.cache(functools.partial(Problem.of, shape, DTYPES[dtype], device)) for dtype in dtypes}
         found = cases(problems, device, chunks, part)
-        timed = [replace(case, load=_within(case.load, begin + LOADING * budget)) for case in found]
-        interleave(timed, Stopwatch(device, cold=True), Budget(limits.rounds, limits.seconds, until=begin + SAMPLING * budget))
+        timed = [replace(case) for case in found]
+        interleave(timed, Stopwatch(device, cold=True), limits)
         _check_usable(device, timed)
         again = [c for c, measured in zip(found, timed, strict=True) if measured.samples and c.provider and device.type == "cuda"]
         result["times"] = _records(timed, _peaks(again, problems))
@@ -440,9 +424,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtypes = (options.dtypes or DEFAULT_DTYPES[device.type]).split(",")
     shape = (256, 32, 501) if options.quick else SHAPES[device.type]
     memory_of = ((2048, 4096), 16, 501, 2 << 20) if options.quick else (MEMORY_ROWS, MEMORY_WIDTH, shape[2], MEMORY_CHUNK)
-    limits, result = Limits(options.rounds, options.seconds), None
+    chosen, chunks, result = _chosen(options, device), CHUNK_BYTES[device.type], None
     try:
-        for result in run(shape, device, dtypes, _chosen(options, device), limits, CHUNK_BYTES[device.type], memory_of, options.budget):
+        for result in run(shape, device, dtypes, chosen, options.rounds, options.seconds, chunks, memory_of, options.budget):
             if options.out:
                 write(result, linear_table.LINEAR, device, options.out, wanted=True)
     except Unusable as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -55,10 +56,20 @@ class Limits:
     rounds: int = 25
     seconds: float = 3.0  # for each case of a scenario, preparation included
     least: int = 3  # rounds that a case gets beyond its time, as long as that is not doubled
+    load_until: float = math.inf  # time.monotonic() after which no case is begun any more
+    sample_until: float = math.inf  # and after which one sample has to do
+
+    @staticmethod
+    def within(rounds: int, seconds: float, budget: float) -> Limits:
+        """So that all cases together take about `budget` seconds from now on: the first ones are begun, the others are absent."""
+        now = time.monotonic()
+        return Limits(rounds, seconds, load_until=now + 0.6 * budget, sample_until=now + 0.8 * budget)
 
     def allow(self, case: Case) -> bool:
         """Whether a case takes part in one more round; one is for everybody."""
         taken = len(case.samples)
+        if taken and time.monotonic() > self.sample_until:
+            return False
         return taken == 0 or case.spent < self.seconds or (taken < self.least and case.spent < 2 * self.seconds)
 
 
@@ -172,6 +183,8 @@ def interleave(cases: list[Case], watch: Stopwatch, limits: Limits, seed: int = 
     order = random.Random(seed)
     for case in cases:
         begin = time.perf_counter()
+        if time.monotonic() > limits.load_until:
+            case.absent = case.absent or "the --budget was spent"
         warm_up(case, watch)
         case.warmed_up = time.perf_counter() - begin
     for _ in range(limits.rounds):

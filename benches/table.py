@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benches" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-STEP, LINEAR = "grpo-step-", "linear-"  # what the files of the other tables begin with
+STEP, LINEAR, GRID, CHECK = "grpo-step-", "linear-", "grid-", "gpu-check-"  # what the files of the other tables begin with
 OWN, OWN_TORCH, ALONE = "urlvr_fast ", "urlvr_fast torch", ", one thread"
 PRODUCT = "a product of 256 × 256"  # what tells whether two threads have a core each
 SHORT = {"self_certainty": "SC", "gradient": "grad"}
@@ -301,7 +301,7 @@ def markdown(result: dict) -> str:
 
 def newest(folder: Path = RESULTS) -> list[dict]:
     """The newest result of each kind of device."""
-    of_ops = [path for path in folder.glob("*.json") if not path.name.startswith((STEP, LINEAR))]
+    of_ops = [path for path in folder.glob("*.json") if not path.name.startswith((STEP, LINEAR, GRID, CHECK))]
     results = sorted((json.loads(path.read_text()) for path in of_ops), key=lambda result: result["time"])
     return [by_kind for _, by_kind in sorted({result["kind"]: result for result in results}.items())]
 
@@ -320,12 +320,14 @@ def inserted(readme: str, content: str, begin: str = BEGIN, end: str = END) -> s
 
 def main(arguments: list[str], readme: Path = ROOT / "README.md", results: Path = RESULTS) -> int:
     from benches import linear_table as linear  # they take their arithmetic from here
+    from benches.gpu_check import summary as check
     from benches.grpo_step import table as step
 
     before = readme.read_text()
     after = inserted(before, block(newest(results)))
     after = inserted(after, linear.block(results), linear.BEGIN, linear.END)
     after = inserted(after, step.block(results), step.BEGIN, step.END)
+    after = inserted(after, check.block(results), check.BEGIN, check.END)
     if "--check" in arguments:
         if before != after:
             print(f"{readme.name} is not what {results.name}/ says: run python benches/table.py", file=sys.stderr)

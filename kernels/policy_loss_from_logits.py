@@ -25,6 +25,7 @@ from urlvr_fast.kernels.rows import (
     coefficients,
     exp,
     finish_row,
+    gradient_at_id,
     gradient_step,
     is_live,
     local_id,
@@ -176,7 +177,7 @@ def policy_kernel(
         dead = live == 0
         by = tl.zeros((), tl.float32)
         local, bad_id = local_id(n, live, ids, id_offset, columns, total)
-        m, log_s, a, b, c, d, power = by, by, by, by, by, by, by + 1
+        m, log_s, a, b, c, d, at_id, power = by, by, by, by, by, by, by, by + 1
         if live:
             by = row_factor(n, live, temperatures, factor, scale, FOLDED)
             scaling = (bias, by, scale, softcap, inv_softcap)
@@ -199,6 +200,7 @@ def policy_kernel(
             )
             to_z = by if FOLDED else by * scale
             a, b, c, d = a * to_z, b * to_z, c * to_z, d * to_z
+            at_id = gradient_at_id(row, local, scaling, (m, log_s, a, b, c, d), FOLDED, SOFTCAP, HAS_B, HAS_D)
         else:
             store_zeros(stats, stats_stride, n)
         if row_scale is not None:
@@ -212,10 +214,13 @@ def policy_kernel(
         else:
             scaling, co = (bias, by, scale, softcap, inv_softcap), (m, log_s, a, b, c, d)
             row = row_of(logits, n, inner, stride_a, stride_b, 16 if VECTORS else 1)
-            gradient_step(row, target, rest, columns, local, scaling, co, FOLDED, SOFTCAP, HAS_B, HAS_D)
+            gradient_step(row, target, rest, columns, local, scaling, co, FOLDED, SOFTCAP, HAS_B, HAS_D, False)
             for back in range(0, blocks):
                 cols = (blocks - 1 - back) * BLOCK + tl.arange(0, BLOCK)
-                gradient_step(row, target, cols, end, local, scaling, co, FOLDED, SOFTCAP, HAS_B, HAS_D)
+                gradient_step(row, target, cols, end, local, scaling, co, FOLDED, SOFTCAP, HAS_B, HAS_D, False)
+            tl.debug_barrier()  # the number that stands there is without the id's term
+            if local >= 0:
+                tl.store(target + local, at_id.to(target.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -288,7 +293,7 @@ def plan_policy(
             *plan_gradient(rows, flags, stats, upstream, given, out, None),
         ]
     arguments |= wanted_sums(flags)
-    tiles = targets.policy_tiles(logits.element_size(), rows["FOLDED"], arguments["TOTAL"], arguments["RARE"])
+    tiles = targets.POLICY[logits.element_size()]
     arguments |= {
         "out": out,
         "out_stride_a": out.stride(0) if out.shape[0] > 1 else 0,

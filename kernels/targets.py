@@ -47,12 +47,11 @@ class Pairs:
 
 # By the bytes of a logit, here and below. Two vectors a lane and two ahead need few enough registers for several programs a processor.
 STATISTICS = {2: RowTiles(8, 256, 2, 16384), 4: RowTiles(8, 256, 2, 16384)}
-KEEP_REGISTERS = 96  # of statistics with a keep set: left alone, ptxas takes fewer and spills
+MANY_REGISTERS = 96  # of statistics with a keep set or the rarer sums: left alone, ptxas takes fewer and spills
 # One row a processor is in flight (it has to stay in L2 until it is read again), so that one program must keep the memory busy alone; and
 # its lanes run over the whole row, because every merge of segments makes all warps wait. 16 warps may take 128 registers a thread (ptxas,
-# left alone, aims at 64), into which four vectors of 16-bit logits only fit where no more than log-probs and entropies are made of them.
-POLICY = {2: RowTiles(16, 512, 4, 1 << 30, 128), 4: RowTiles(16, 512, 4, 1 << 30, 128)}
-POLICY_MORE_SUMS = {2: RowTiles(16, 512, 2, 1 << 30, 128), 4: RowTiles(16, 512, 4, 1 << 30, 128)}
+# left alone, aims at 64). Four vectors of 16-bit logits at a time would not fit into them.
+POLICY = {2: RowTiles(16, 512, 2, 1 << 30, 128), 4: RowTiles(16, 512, 2, 1 << 30, 128)}
 POLICY_GRADIENT = 8192  # columns a step of the way back
 GRADIENT = {2: Block(8, 8192), 4: Block(8, 4096)}
 BIAS = Block(4, 1024)
@@ -101,11 +100,6 @@ def processors(device: torch.device) -> int:
 def splits_rows(rows: int, columns: int, tiles: RowTiles, device: torch.device) -> bool:
     """Whether the statistics take a program a segment, and a second kernel that merges, instead of a program a row."""
     return columns > tiles.segment and rows < ROWS_PER_PROCESSOR * processors(device)
-
-
-def policy_tiles(itemsize: int, folded: bool, total: bool, rare: bool) -> RowTiles:
-    """By how rows are read and what is summed (see rows.py), never by how many there are."""
-    return (POLICY if folded and not total and not rare else POLICY_MORE_SUMS)[itemsize]
 
 
 def vector(itemsize: int) -> int:

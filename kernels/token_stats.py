@@ -363,12 +363,13 @@ def plan_statistics(rows: dict[str, Any], flags: int, out: Tensor) -> list[Launc
         "SEGMENT": tiles.segment,
         "KEEP_LANES": targets.KEEP_LANES,
     }
+    registers = targets.MANY_REGISTERS if rows["crow"] is not None or arguments["RARE"] else None
     if not targets.splits_rows(n, rows["columns"], tiles, logits.device):
-        return [launch(statistics_kernel, n, arguments, tiles.warps, None if rows["crow"] is None else targets.KEEP_REGISTERS)]
+        return [launch(statistics_kernel, n, arguments, tiles.warps, registers)]
     segments = triton.cdiv(rows["columns"] // rows["VECTOR"] * rows["VECTOR"], tiles.segment)
     arguments |= {"segments": segments, "partial": torch.empty(n, segments, PARTIALS.value, dtype=torch.float32, device=logits.device)}
     # As many warps for both as for a program a row: what a program reduces across its threads then takes the same order.
-    return [launch(segments_kernel, n * segments, arguments, tiles.warps), launch(merge_kernel, n, arguments, tiles.warps)]
+    return [launch(segments_kernel, n * segments, arguments, tiles.warps, registers), launch(merge_kernel, n, arguments, tiles.warps)]
 
 
 def plan_gradient(

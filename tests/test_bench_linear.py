@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benches import linear, linear_table
 from benches.data import DTYPES
 from benches.linear_peers import eager, on_policy, peers
-from benches.measure import Case, Stopwatch, interleave
+from benches.measure import Case, Limits, Stopwatch, interleave
 
 CPU = torch.device("cpu")
 SHAPE = (256, 16, 301)
@@ -136,7 +136,7 @@ def test_a_spent_budget_leaves_a_result(tmp_path: Path) -> None:
 
 def test_everybody_who_began_in_time_gets_one_sample() -> None:
     slow = [Case(name, "", lambda: lambda _: time.sleep(0.01), 0) for name in "ab"]
-    interleave(slow, Stopwatch(CPU, cold=False), linear.Budget(rounds=5, until=time.monotonic()))
+    interleave(slow, Stopwatch(CPU, cold=False), Limits(rounds=5, sample_until=time.monotonic()))
     assert [len(case.samples) for case in slow] == [1, 1]
 
 

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benches import __main__ as bench
 from benches import linear_table, memory, policy_loss_from_logits, table, token_stats
 from benches.data import STATISTICS, Rows, Scenario
+from benches.gpu_check import summary
 from benches.grpo_step import table as steps
 from benches.measure import Case, Limits, Stopwatch, interleave
 from benches.peers import Provider, providers
@@ -100,7 +101,7 @@ def result() -> dict:
         (Scenario(1 << 40, 151936), bench.EVERYBODY),
         (Scenario(8, 64, "fp32"), bench.OURS),
     ]
-    found = bench.run(scenarios, taking_part, CPU, Limits(rounds=2), with_memory=False)
+    *_, found = bench.run(scenarios, taking_part, CPU, Limits(rounds=2), with_memory=False)
     return json.loads(json.dumps(found, allow_nan=False))
 
 
@@ -145,7 +146,8 @@ def test_the_table_marks_targets(result: dict) -> None:
 def test_the_readme_follows_the_newest_result(result: dict, tmp_path: Path) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
     results.mkdir()
-    readme.write_text(f"before\n{table.BEGIN}\n{table.END}\n{linear_table.BEGIN}\n{linear_table.END}\n{steps.BEGIN}\n{steps.END}\nafter\n")
+    markers = "\n".join(f"{part.BEGIN}\n{part.END}" for part in (table, linear_table, steps, summary))
+    readme.write_text(f"before\n{markers}\nafter\n")
     assert table.main(["--check"], readme, results) == 1
     assert table.main([], readme, results) == 0
     assert "No results yet" in readme.read_text()

@@ -22,8 +22,11 @@ if __name__ != "__main__":
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler; run this file without it", allow_module_level=True)
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 from urlvr_fast.kernels import group_advantages, policy_loss_from_logits, scale_rows, token_stats
 
+from benches.compiled import binary_of, cuobjdump, hot_launches, hot_loop, specialisation
 from urlvr_fast.ops.layout import ENTROPY_ON_KEEP, GRADS, LOSS_LINES, RAW, STATS, Stat
 
 ARCHITECTURES = (80, 90, 100)
@@ -108,28 +111,6 @@ def advantages(dtype, rows=512, ids=torch.int64, eps=1e-6):
         yield group_advantages.plan_advantages(rewards, group_ids, masked, scale, baseline, eps, rewards)
 
 
-def signature_of(argument):
-    """The type that Triton compiles a runtime argument for; None is compiled in."""
-    if argument is None:
-        return "constexpr"
-    if isinstance(argument, torch.Tensor):
-        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int32": "i32", "int64": "i64", "bool": "i1"}
-        return "*" + short[str(argument.dtype).removeprefix("torch.")]
-    if isinstance(argument, float):
-        return "fp32"
-    return "i32" if -(2**31) <= argument < 2**31 else "i64"
-
-
-def specialisation(launch):
-    """What decides the binary: module, kernel, signature, what is compiled in, arguments that are known to be aligned, options."""
-    kernel, compiled_in = launch.kernel, {p.name for p in launch.kernel.params if p.is_constexpr}
-    signature = {name: "constexpr" if name in compiled_in else signature_of(launch.arguments[name]) for name in kernel.arg_names}
-    constants = {name: launch.arguments[name] for name, kind in signature.items() if kind == "constexpr"}
-    specialised = [i for i, p in enumerate(kernel.params) if not p.is_constexpr and not p.do_not_specialize]
-    tensors = [i for i in specialised if isinstance(launch.arguments[kernel.arg_names[i]], torch.Tensor)]
-    return kernel.fn.__module__, kernel.fn.__name__, signature, constants, tensors, launch.options()
-
-
 def specialisations():
     """Without repetition: lengths are runtime values, so V = 32000 and V = 151936 share nearly all."""
     of_rows = (launches(columns, dtype) for columns in COLUMNS for dtype in DTYPES)
@@ -140,23 +121,11 @@ def specialisations():
 
 def compile_one(entry, architecture):
     """Registers, bytes spilled, local memory, shared memory and widest load of one binary."""
-    import importlib
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    module, name, signature, constants, aligned, options = entry
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(getattr(importlib.import_module(module), name), signature, constants, attributes)
     start = time.perf_counter()
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    binary = binary_of(entry, architecture)
     seconds = time.perf_counter() - start
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    _, name, signature, constants, _, _ = entry
+    usage = cuobjdump(binary, "--dump-resource-usage")
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     ptx, ir = binary.asm["ptx"], binary.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ir, re.M))
@@ -216,11 +185,12 @@ def test_lanes_hold_the_same_columns_in_every_kernel(binaries, architecture):
             kernel = "policy" if binary["kernel"] == "policy_kernel" else "statistics"
             tile = (kernel, binary["constants"]["VECTOR"], binary["constants"]["DEPTH"])
             of.setdefault(tile, set()).add(tuple(binary["tiles"]))
-    assert len(of) == 2 + 3  # two sizes of logits; policy tiles of 16 bits come in two depths
+    assert len(of) == 2 + 2  # two sizes of logits
     for tile, layouts in of.items():
         assert len(layouts) == 1, (tile, layouts)
-        (layout,) = next(iter(layouts))
-        assert f"sizePerThread = [1, 1, {tile[1]}]" in layout
+        assert len(next(iter(layouts))) == 2, (tile, layouts)  # whole tiles, and a vector a lane where some x may be −inf
+        for layout in next(iter(layouts)):
+            assert f"sizePerThread = [1, 1, {tile[1]}]" in layout
 
 
 def test_lengths_and_numbers_are_not_compiled_in():
@@ -236,6 +206,18 @@ def test_lengths_and_numbers_are_not_compiled_in():
     assert short == long
     for kernel in {launch.kernel for launch in launches(32000, torch.bfloat16)}:
         assert {p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize} <= {"bias"}
+
+
+def test_rows_without_minus_infinity_have_a_short_loop():
+    """Self-certainty costs a sum beside log-prob and entropy, and no test of every logit. With more than 15 instructions a logit an H200
+    would be busy for longer than its memory."""
+    each = {}
+    for what, launch, elements, writes in hot_launches():
+        each[what] = hot_loop(cuobjdump(binary_of(specialisation(launch), 90), "-sass"), elements, writes)
+    assert len(each) == 5
+    for what, (instructions, names) in each.items():
+        assert 6 < instructions <= 15, (what, instructions)
+        assert names.get("FSEL", 0) <= 4, (what, names)
 
 
 def report(results):

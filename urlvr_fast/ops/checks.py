@@ -103,10 +103,10 @@ def _check_keep(keep: Keep, rows: int, columns: int, device: torch.device) -> No
 def requested(outputs: str | Iterable[str]) -> tuple[str, ...]:
     """Names of statistics, in the order of `TokenStats`."""
     names = {outputs} if isinstance(outputs, str) else set(outputs)
-    unknown = sorted(names - set(TokenStats._fields))
-    if unknown or not names:
+    found = tuple(name for name in TokenStats._fields if name in names)
+    if len(found) != len(names) or not found:
         raise ValueError(f"outputs={outputs!r}: choose from {', '.join(TokenStats._fields)}")
-    return tuple(name for name in TokenStats._fields if name in names)
+    return found
 
 
 def differentiable(names: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from urlvr_fast.ops.layout import GRADS, RAW, STATS
 from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
 from urlvr_fast.ops.rows import LOWEST, Partials, finish, safe
 from urlvr_fast.ops.shards import Shard
-from urlvr_fast.ops.spec import STATISTICS, RowSpec, grids
+from urlvr_fast.ops.spec import LINES, STATISTICS, RowSpec, grids
 
 _ROWS = (
     "Tensor? bias, Tensor? ids, Tensor? mask, Tensor? temperatures, Tensor? crow, Tensor? col, float temperature, float softcap, "
@@ -310,15 +310,12 @@ def power_of_two_below(size: Tensor) -> Tensor:
 
 def unpack(stats: Tensor, wanted: frozenset[str] | set[str]) -> TokenStats:
     """The lines that were asked for, (N,) each."""
-
-    def line(name: str) -> Tensor | None:
-        if name not in wanted:
-            return None
-        index = STATISTICS.index(name)
+    lines: list[Tensor | None] = [None] * len(STATISTICS)
+    for name in wanted:
+        index = LINES[name]
         value = stats[index] if index < GRADS else stats[index].detach()
-        return value.long() if name == "argmax" else value
-
-    return TokenStats(*(line(name) for name in STATISTICS))
+        lines[index] = value.long() if name == "argmax" else value
+    return TokenStats(*lines)
 
 
 def _exchanged(spec: RowSpec, all_finite: bool) -> list[str]:

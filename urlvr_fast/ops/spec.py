@@ -14,6 +14,7 @@ from urlvr_fast.ops.shards import Shard
 
 Keep = tuple[Tensor, Tensor]
 STATISTICS = tuple(stat.name.lower() for stat in list(Stat)[: len(TokenStats._fields)])
+LINES = {name: line for line, name in enumerate(STATISTICS)}
 assert TokenStats._fields == STATISTICS, "the packed lines begin with the fields of TokenStats"
 
 
@@ -44,7 +45,10 @@ class RowSpec:
 
     @property
     def flags(self) -> int:
-        return sum(1 << STATISTICS.index(name) for name in self.wanted) | (ENTROPY_ON_KEEP if self.entropy_on_keep else 0)
+        bits = ENTROPY_ON_KEEP if self.entropy_on_keep else 0
+        for name in self.wanted:
+            bits |= 1 << LINES[name]
+        return bits
 
     def arguments(self, columns: int) -> tuple:
         """What the registered ops take between the bias and `columns` (see row_ops)."""

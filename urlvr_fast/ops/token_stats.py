@@ -129,4 +129,5 @@ def token_stats(
         stats = _TokenStats.apply(logits, bias, spec, columns, inplace_backward)
     else:
         stats = statistics(logits, bias, columns, spec)
-    return TokenStats(*(None if value is None else value.view(shape) for value in unpack(stats, spec.wanted)))
+    values = unpack(stats, spec.wanted)
+    return values if len(shape) == 1 else TokenStats(*(None if value is None else value.view(shape) for value in values))

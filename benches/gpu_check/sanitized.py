@@ -1,0 +1,513 @@
+"""The kernels under compute-sanitizer: accesses beyond an allocation, races in shared memory, memory nobody wrote, broken barriers.
+
+`python -m benches.gpu_check.sanitized --out FILE.json --seconds 60` makes the same small calls five times, each time in a process of its
+own: once bare, where results are compared with float64 and the kernels that ran are listed, then under memcheck, racecheck, initcheck and
+synccheck. Each has an equal share of the seconds that are left; beyond the first few, calls that do not fit are left out, and it is said
+how many. Exit status: 0 where nothing was reported, 1 where a tool reported something or a result is wrong, 2 where no tool could run,
+with the reason.
+
+What the tools see is made for them:
+
+* torch does not cache memory, so an allocation is what a call asked for, and memcheck puts padding behind each. Only the memory of logits
+  ends at a multiple of 16 bytes: the kernels read blocks of 16 bytes of which one byte is a row's (`csrc/cuda/rows.cuh`).
+* Only our kernels are instrumented (`--kernel-name` looks for a part of the mangled name). initcheck then knows of writes by our kernels
+  and of copies, so nothing that we read may be written by a kernel of torch's: inputs come from the host, most outputs are not initialised
+  at all, and the copy of an output back to the host is itself a check that all of it was written.
+* Errors of the API are not asked for: our launches raise them, and torch makes harmless ones.
+
+By their release notes, racecheck before 2026.1 has false alarms about barriers across a cluster, and synccheck about cooperative groups in
+what nvcc 13.0 compiled: look at the reported lines first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from urlvr_fast.ops import reference
+from urlvr_fast.ops.backend import available_backends, kernels
+from urlvr_fast.ops.layout import (
+    CORRECTIONS,
+    ENTROPY_ON_KEEP,
+    GRADS,
+    HAS_OLD,
+    KL_KINDS,
+    LOSS_KINDS,
+    LOSS_LINES,
+    RAW,
+    STATS,
+    LossLine,
+    Stat,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS: dict[str, dict[str, str]] = {"memcheck": {"--padding": "256"}, "racecheck": {}, "initcheck": {}, "synccheck": {}}
+BARE = "bare"
+OPTIONS = {
+    "--show-backtrace": "no",
+    "--report-api-errors": "no",
+    "--destroy-on-device-error": "kernel",  # so that one finding does not end the run
+    "--print-limit": "20",
+    "--target-processes": "application-only",
+    "--launch-timeout": "60",  # until the process is found
+}
+OURS = re.compile(r"(\w+_kernel)(<[^(]*>)?")
+
+
+# ---- what is called --------------------------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+# Columns and (A, B), in the order of what they cover: clusters of several blocks and statistics by segments; a block to a row; one kernel
+# after the other; more rows than the bias gradient has in shared memory; a cluster of one block; the shortest rows.
+TOO_LONG = 1_000_003  # for a cluster of 8 blocks
+LEAST = 14  # cases that take place however late it is: the first three shapes, with which every kernel has run
+SHAPES = ((40_009, (1, 3)), (4099, (2, 3)), (TOO_LONG, (1, 2)), (270, (30, 5)), (17_001, (2, 2)), (7, (2, 3)), (1, (2, 3)))
+GARBAGE = 768.0  # between rows; a number of every dtype
+EVERYTHING = (1 << 9) - 1
+LOSSES = [
+    reference.LossOptions(name, beta=0.1, entropy_coef=0.02, self_certainty_coef=0.01, rollout_correction="truncate")
+    for name in ("reinforce", "dapo", "cispo", "sapo")
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: torch.dtype
+    columns: int
+    shape: tuple[int, int]
+    general: bool  # not only a positive number times the logits
+    full: bool  # with all options there are, on rows of any alignment; otherwise with as few as possible, on aligned rows
+
+    def __str__(self) -> str:
+        kind = ("general" if self.general else "plain") + (", all options" if self.full else "")
+        return f"{self.shape[0]} × {self.shape[1]} × {self.columns} {str(self.dtype)[6:]}, {kind}"
+
+
+def cases() -> Iterator[Case]:
+    for full in (True, False):
+        for (columns, shape), general, dtype in itertools.product(SHAPES, (False, True), DTYPES):
+            if columns != TOO_LONG or (full and general == (dtype == torch.float32) and dtype != torch.float16):
+                yield Case(dtype, columns, shape, general, full)
+
+
+def placed(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor:
+    """Rows with garbage between them, in memory that ends with the 16 bytes of the last element."""
+    a, b, v = shape
+    vector = 16 // dtype.itemsize
+    stride = -(-v // vector) * vector + vector if aligned else v + 5
+    offset = 0 if aligned else 3
+    outer = b * stride + (0 if aligned else 1)
+    last = offset + (a - 1) * outer + (b - 1) * stride + v
+    return torch.full((-(-last // vector) * vector,), GARBAGE, dtype=dtype).as_strided(shape, (outer, stride, 1), offset)
+
+
+def inputs_of(case: Case) -> dict[str, Any]:
+    """Everything that the calls of a case read, on the host."""
+    g = torch.Generator().manual_seed(case.columns)
+    (a, b), v = case.shape, case.columns
+    n = a * b
+    logits = placed((a, b, v), case.dtype, not case.full)
+    logits.copy_(torch.randn(a, b, v, generator=g) * 1.5)
+    ids = torch.randint(v, (n,), generator=g)
+    given: dict[str, Any] = dict.fromkeys(("bias", "mask", "temperatures", "crow", "col"))
+    given |= {"logits": logits, "ids": ids, "temperature": 0.8, "softcap": 0.0, "scale": 1.1, "flags": EVERYTHING, "bias_grad": None}
+    if case.full:
+        kept = torch.rand(n, v, generator=g) < min(0.3, 200 / v)
+        kept[torch.arange(n), ids] = True
+        lengths = kept.sum(1).cumsum(0)
+        given["crow"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths])
+        given["col"] = kept.nonzero()[:, 1].contiguous()
+        given |= {"mask": torch.arange(n) % 3 != 1, "temperatures": torch.linspace(0.6, 1.7, n), "temperature": 1.0}
+    if case.general and case.full:
+        given |= {"bias": torch.randn(v, generator=g), "softcap": 7.0, "bias_grad": torch.ones(v), "flags": EVERYTHING | ENTROPY_ON_KEEP}
+    elif case.general:
+        given["scale"] = -0.8
+    lines = torch.randn(LOSS_LINES, n, generator=g) * 0.5
+    lines[LossLine.WEIGHT : LossLine.REGULARISER + 1] = torch.rand(2, n, generator=g)
+    lines[LossLine.OLD : LossLine.REF + 1] -= math.log(v) + 1  # about what the log-probs are, so that ratios are ratios
+    given |= {"loss": lines, "options": LOSSES[v % len(LOSSES)], "upstream": torch.randn(GRADS, n, generator=g), "half": torch.tensor(0.5)}
+    given["factor"] = torch.tensor(1.25)
+    given["out"] = placed((a, b, v), case.dtype, True) if case.full else None  # where there is none, the gradient takes the logits' place
+    return given
+
+
+def call_all(package: Any, on: dict[str, Any], new: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Every function of a kernel package on these inputs, and what it wrote. `new` gives memory that nobody wrote."""
+    names = ("logits", "bias", "ids", "mask", "temperatures", "crow", "col", "temperature", "softcap", "scale")
+    logits, flags, (n, v) = on["logits"], on["flags"], (on["ids"].shape[0], on["logits"].shape[2])
+    rows = (*(on[name] for name in names), 0, v)
+    out: dict[str, Tensor] = {"stats": new(STATS, n), "sums": new(STATS, n), "policy_stats": new(STATS, n)}
+    package.statistics(*rows, flags, out["stats"])
+    package.statistics(*rows, flags | RAW, out["sums"])
+    out["gradient"] = new(*logits.shape, dtype=logits.dtype)
+    package.gradient(*rows, flags, out["stats"], on["upstream"], (1 << GRADS) - 1, out["gradient"], on["bias_grad"])
+    if on["bias_grad"] is not None:
+        out["bias_grad"] = on["bias_grad"]
+    wanted = 1 << Stat.LOGP | 1 << Stat.ENTROPY | 1 << Stat.SELF_CERTAINTY
+    row_scale = new(n) if logits.dtype == torch.float16 else None
+    out["policy"] = logits if on["out"] is None else on["out"]
+    of = on["options"]
+    kinds = (LOSS_KINDS[of.loss_type], KL_KINDS[of.kl], CORRECTIONS[of.rollout_correction])
+    numbers = [1 - of.eps_low, 1 + of.eps_high, math.inf, of.beta, of.entropy_coef, of.self_certainty_coef]
+    numbers += [of.ratio_cap, of.tau_pos, of.tau_neg, of.rollout_cap, of.rollout_floor]
+    package.policy(*rows, wanted, on["loss"], HAS_OLD, *kinds, numbers, out["policy_stats"], out["policy"], row_scale)
+    package.scale(out["policy"], on["half"], row_scale)
+    package.scale(out["policy"], on["factor"], None)
+    if row_scale is not None:
+        out["row_scale"] = row_scale
+    if on["out"] is not None:
+        package.gradient(*rows, flags, out["stats"], on["upstream"], (1 << GRADS) - 1, logits, None)
+        out["gradient_in_place"] = logits
+    return out
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """All that a view is a view of."""
+    return tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+
+
+def moved(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """The same view of converted memory."""
+    if not isinstance(value, Tensor):
+        return value
+    return convert(memory_of(value)).as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def on_device(case: Case, backend: str) -> dict[str, Tensor]:
+    """What the kernels wrote, back on the host."""
+    given = {name: moved(value, lambda memory: memory.to("cuda")) for name, value in inputs_of(case).items()}
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    return {name: moved(value, lambda memory: memory.cpu()) for name, value in call_all(kernels(backend), given, new).items()}
+
+
+# ---- what it should be -----------------------------------------------------------------------------------------------------------------
+
+
+class Exact(SimpleNamespace):
+    """A kernel package in plain PyTorch. The loss is differentiated by autograd, from its definition."""
+
+    def __init__(self, options: reference.LossOptions) -> None:
+        plain = kernels("torch")
+        super().__init__(options=options, statistics=plain.statistics, gradient=plain.gradient, scale=plain.scale)
+
+    def policy(self, *arguments: Any) -> None:
+        *rows, wanted, loss, _, _, _, _, _, stats, out, _ = arguments
+        self.statistics(*rows, wanted, stats)
+        lines = [Stat.LOGP, Stat.ENTROPY, Stat.SELF_CERTAINTY]
+        leaves = [stats[line].clone().requires_grad_() for line in lines]
+        counts = torch.ones(loss.shape[1], dtype=torch.bool) if rows[3] is None else rows[3]
+        line = LossLine
+        rollout = {"rollout_logp": loss[line.OLD] - loss[line.ROLLOUT], "log_rollout_weight": loss[line.ROLLOUT]}
+        of = reference.LossRows(
+            loss[line.ADVANTAGE], counts, counts, loss[line.WEIGHT], loss[line.REGULARISER], loss[line.OLD], loss[line.REF], **rollout
+        )
+        upstream = torch.zeros(GRADS, loss.shape[1], dtype=torch.float64)
+        upstream[lines] = torch.stack(torch.autograd.grad(reference.policy_objective(*leaves, of, self.options)[0], leaves))
+        self.gradient(*rows, wanted, stats, upstream, wanted, out, None)
+
+
+def exact(case: Case) -> dict[str, Tensor]:
+    """The same in plain PyTorch and float64. 16-bit logits count as exact numbers."""
+    given = inputs_of(case)
+
+    def wide(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.full(shape, math.nan, dtype=torch.float64)
+
+    return call_all(Exact(given["options"]), {name: wide(value) for name, value in given.items()}, new)
+
+
+def _largest_x(given: dict[str, Any]) -> Tensor:
+    temperature = given["temperature"] if given["temperatures"] is None else given["temperatures"].double()
+    flat = given["logits"].reshape(-1, given["logits"].shape[2]).double()
+    return reference.scaled_logits(flat, temperature, given["softcap"] or None, given["scale"], given["bias"]).abs().amax(-1)
+
+
+def differences(case: Case, got: dict[str, Tensor]) -> list[str]:
+    """What is further off than the design allows: statistics 2e-6 + 2 ulp, gradients 1e-5 in norm and 5e-3 in 16 bits. Consumes `got`."""
+    given, want, found = inputs_of(case), exact(case), []
+    live = torch.ones(len(given["ids"]), dtype=torch.bool) if given["mask"] is None else given["mask"]
+    asked = {"stats": list(range(Stat.ARGMAX + 1)), "policy_stats": [Stat.LOGP, Stat.LSE, Stat.ENTROPY, Stat.SELF_CERTAINTY]}
+    asked["sums"] = [i for i in range(STATS) if (i < 10 or case.full) and (i != 2 or not given["flags"] & ENTROPY_ON_KEEP)]
+    for name, lines in asked.items():
+        ours, theirs = got[name][lines].double(), want[name][lines]
+        if name == "sums":  # up to V numbers of any size, relative to a maximum that is itself rounded
+            ours, theirs, bound = ours[:, live], theirs[:, live], 1e-5 + 1e-5 * theirs[:, live].abs()
+        else:
+            size = torch.maximum(_largest_x(given), theirs.abs().nan_to_num(0))
+            bound = 2e-6 + 2 * torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 24)
+        wrong = ~((ours == theirs) | ((ours - theirs).abs() <= bound))
+        if wrong.any():
+            bad = sorted({lines[i] for i in wrong.nonzero()[:, 0].tolist()})
+            found.append(f"{name}: lines {bad}, up to {(ours - theirs).abs()[wrong].max():.2g} off")
+    bound = 1e-5 if case.dtype == torch.float32 else 5e-3
+    for name in {"gradient", "gradient_in_place", "policy", "bias_grad"} & got.keys():
+        ours, theirs = got[name].double(), want[name]
+        error, size = float((ours - theirs).norm()), float(theirs.norm())
+        allowed = (1e-5 if name == "bias_grad" else bound) * size + 2e-6 * len(live) ** 0.5  # of one column the gradient is 0
+        if not error <= allowed:
+            found.append(f"{name}: ‖Δ‖ = {error:.2g} where ‖g‖ = {size:.2g}")
+        memory, view = memory_of(got[name]), got[name]
+        if name in ("gradient_in_place", "policy"):
+            view.fill_(GARBAGE)
+            if not (memory == GARBAGE).all():
+                found.append(f"{name}: what lies between the rows was written to")
+    if "row_scale" in got and not (got["row_scale"].log2() == got["row_scale"].log2().round()).all():
+        found.append("row_scale: not a power of two")
+    return found
+
+
+# ---- the child -------------------------------------------------------------------------------------------------------------------------
+
+
+def kernel_names(backends: Sequence[str]) -> dict[str, int]:
+    """Every kernel in the sources and how many instances of it there are."""
+    names: dict[str, int] = {}
+    instances = {"class T, bool GENERAL": 6, "class T": 3, "class": 1}
+    if "cuda" in backends:
+        for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")):
+            found = re.findall(r"template <([^>]*)>\s*ROW_KERNEL\([^)]*\)\s*(\w+)\(", path.read_text())
+            names |= {name: instances[parameters] for parameters, name in found}
+    if "triton" in backends:
+        for path in sorted((ROOT / "kernels").glob("*.py")):
+            names |= dict.fromkeys(re.findall(r"@triton\.jit[^\n]*\ndef (\w+_kernel)\(", path.read_text()), 1)
+    return names
+
+
+def _kernels_by_case(profiler: Any, names: dict[str, int]) -> dict[int, list[str]]:
+    """A case ends with copies that wait for its kernels, so that a kernel began while the case was under way."""
+    ranges, started = {}, []
+    for event in profiler.events():
+        ours = OURS.search(event.name.replace("urlvr::cuda::", ""))
+        if event.name.startswith("case ") and event.device_type == torch.autograd.DeviceType.CPU:
+            ranges[int(event.name.split()[1])] = event.time_range.start, event.time_range.end
+        elif event.device_type == torch.autograd.DeviceType.CUDA and ours and ours[1] in names:
+            started.append((event.time_range.start, ours[0]))
+    return {i: sorted({name for at, name in started if a <= at <= b}) for i, (a, b) in ranges.items()}
+
+
+def run(backends: list[str], until: float, bare: bool, report: Path) -> None:
+    """All cases that fit before `until`; bare, their kernels are listed and their results compared with float64."""
+    todo = [(case, backend) for case in cases() for backend in backends]
+    found: dict[str, Any] = {"of": len(todo), "cases": 0, "kernels": {}, "compared": 0, "wrong": []}
+    results = []
+    with torch.profiler.profile() if bare else nullcontext() as profiler:
+        for i, (case, backend) in enumerate(todo):
+            if time.time() > until and i >= LEAST * len(backends):
+                break
+            with torch.profiler.record_function(f"case {i}") if bare else nullcontext():
+                got = on_device(case, backend)
+            results += [got] if bare else []
+            found["cases"] = i + 1
+            report.write_text(json.dumps(found))
+    if profiler is not None:
+        found["kernels"] = _kernels_by_case(profiler, kernel_names(backends))
+    for (case, backend), got in zip(todo, results, strict=False):
+        if time.time() > until:
+            break
+        found["wrong"] += [f"{backend}, {case}: {what}" for what in differences(case, got)]
+        found["compared"] += 1
+        report.write_text(json.dumps(found))
+
+
+# ---- the parent ------------------------------------------------------------------------------------------------------------------------
+
+
+def find_tool(name: str) -> str | None:
+    """The path of one of CUDA's programs, on the PATH or where toolkits put it, the newest first."""
+    places = ("/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/nvidia/*/*", "/opt/nvidia/*", "/opt/cuda/bin")
+    there = [path for place in places for path in sorted(glob.glob(f"{place}/{name}"), reverse=True)]
+    return shutil.which(name) or next((path for path in there if os.access(path, os.X_OK)), None)
+
+
+def finish(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
+    """The exit status of a command, None where it had to be ended with all that it started, and what it printed."""
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        status: int | None = None
+        try:
+            status = process.wait(max(1.0, seconds))
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # a group of its own, and not waited for yet
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+        printed.seek(0)
+        return status, printed.read()
+
+
+def known_options(usage: str, options: dict[str, str]) -> list[str]:
+    """Those that this version has: an option that it does not know would end the run."""
+    return [word for option, value in options.items() if option in usage or "--tool" not in usage for word in (option, value)]
+
+
+def parse_log(log: str) -> dict[str, Any]:
+    """What a tool found. `summary` is whether it came to its end; without one, reports are counted."""
+    blocks = [block.strip() for block in re.split(r"(?m)^=========\s*$", log)]
+    blocks = ["\n".join(line for line in block.splitlines() if line.startswith("=========")) for block in blocks]
+    other = re.compile(r"(?m)^========= (?:COMPUTE-SANITIZER|.*SUMMARY: ).*\n?")
+    reports = [block for block in (other.sub("", block).strip() for block in blocks) if block]
+    count = re.search(r"(?m)^========= ERROR SUMMARY: ([\d,]+) errors?\s*$", log)
+    hazards = re.search(r"(?m)^========= RACECHECK SUMMARY: .*\(([\d,]+) errors?, ([\d,]+) warnings?\)", log)
+    numbers = [int(number.replace(",", "")) for match in (count, hazards) if match for number in match.groups()]
+    return {
+        "summary": bool(numbers),
+        "errors": sum(numbers) if numbers else len(reports),
+        "warnings": numbers[-1] if hazards else 0,
+        "reports": [report[:2000] for report in reports[:5]],
+    }
+
+
+def _reason(log: str, printed: str, status: int | None) -> str:
+    """Why a tool has not come to an end."""
+    if status is None:
+        return "ended: its share of the seconds was over; give it more with --seconds"
+    if "Device not supported" in log + printed:
+        return "compute-sanitizer refuses this device («Device not supported»): such virtual machines do not let it in; try another one"
+    last = [line for line in (printed + "\n" + log).splitlines() if line.strip() and "SUMMARY" not in line][-3:]
+    return f"exit status {status}: " + " | ".join(last)[-600:]
+
+
+def under(tool: str, sanitizer: str | None, usage: str, backends: str, seconds: float, most: float, folder: Path) -> dict[str, Any]:
+    """One run of all cases, under a tool or, without a sanitizer, bare. It is asked to end within `seconds` and ended after half as many
+    again, or `most`."""
+    begin, log, report = time.time(), folder / f"{tool}.log", folder / f"{tool}.json"
+    command = [sys.executable, "-m", "benches.gpu_check.sanitized", "--run", "--out", str(report), "--backends", backends]
+    command += ["--until", str(begin + 0.7 * seconds)]
+    if sanitizer is None:
+        command.append("--bare")
+    else:
+        wanted = "kns=urlvr", *(f"kns={name}" for name in kernel_names([b for b in backends.split(",") if b != "cuda"]))
+        by_name = "--kernel-regex" if "--kernel-regex" in usage else "--kernel-name"  # the name until 2023.3
+        options = known_options(usage, OPTIONS | TOOLS[tool]) + [word for part in wanted for word in (by_name, part)]
+        command = [sanitizer, "--tool", tool, "--log-file", str(log), *options, *command]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    status, printed = finish(command, min(1.5 * seconds, most), environment)
+    text = log.read_text(errors="replace") if log.exists() else ""
+    found: dict[str, Any] = {"tool": tool, "ran": False, "reason": "", "seconds": time.time() - begin, "cases": 0, "of": 0}
+    found |= {"kernels": [], "command": " ".join(command)}
+    with suppress(OSError, ValueError):
+        found |= json.loads(report.read_text())
+    if sanitizer is None:
+        wrong = [*found.pop("wrong", []), *([_reason("", printed, status)] if status else [])]
+        found |= {"errors": len(wrong), "reports": wrong[:20], "summary": status == 0}
+    else:
+        found |= parse_log(text)
+    # A report that names a kernel counts even where the first call did not come back.
+    began = found["cases"] > 0 or any("_kernel" in report for report in found["reports"])
+    found["ran"] = began and (found["summary"] or found["errors"] > 0 or status is None)
+    if not (found["ran"] and found["summary"]):
+        found["reason"] = _reason(text, printed, status)
+    elif found.get("compared", found["cases"]) < found["cases"]:
+        found["reason"] = f"only {found['compared']} cases were compared: give it more with --seconds"
+    if not found["ran"] and sanitizer is not None:
+        found["errors"] = 0
+    return found
+
+
+def check(args: argparse.Namespace) -> dict[str, Any]:
+    """All runs, written after each of them."""
+    end = time.time() + args.seconds
+    result: dict[str, Any] = {"check": "sanitized", "backends": args.backends, "reason": "", "runs": []}
+    sanitizer = find_tool("compute-sanitizer")
+    reasons = {b: r for b, r in available_backends().items() if b in args.backends.split(",") and r != "available"}
+    if not torch.cuda.is_available():
+        result["reason"] = "there is no CUDA GPU that torch can use: nvidia-smi must name one, and torch be a CUDA build"
+    elif reasons:
+        result["reason"] = "; ".join(f"backend {name} is {reason}" for name, reason in reasons.items())
+    elif sanitizer is None:
+        result["reason"] = (
+            "compute-sanitizer is neither on the PATH nor under /usr/local/cuda*/bin: install the CUDA toolkit's, or add its folder"
+        )
+    if result["reason"]:
+        args.out.write_text(json.dumps(result, indent=1))
+        return result
+    assert sanitizer is not None
+    _, usage = finish([sanitizer, "--help"], 20, dict(os.environ))
+    _, result["version"] = finish([sanitizer, "--version"], 20, dict(os.environ))
+    runs = [BARE, *TOOLS]
+    with tempfile.TemporaryDirectory() as folder:
+        for i, name in enumerate(runs):
+            left = end - time.time()
+            found = under(name, None if name == BARE else sanitizer, usage, args.backends, left / (len(runs) - i), left, Path(folder))
+            result["runs"].append(found)
+            bare = result["runs"][0]["kernels"]
+            seen = {kernel for case, ones in bare.items() if int(case) < found["cases"] for kernel in ones} if bare else set()
+            found["kernels_seen"] = sorted(seen)
+            args.out.write_text(json.dumps(result, indent=1))
+    names = kernel_names(args.backends.split(","))
+    if bare := result["runs"][0]["kernels_seen"]:
+        result["never_launched"] = sorted(names.keys() - {kernel.partition("<")[0] for kernel in bare})
+    if not any(found["ran"] for found in result["runs"][1:]):
+        result["reason"] = "no tool could run: " + result["runs"][1]["reason"]
+    args.out.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def exit_status(result: dict[str, Any]) -> int:
+    if any(found["errors"] for found in result["runs"]):
+        return 1
+    return 2 if result["reason"] else 0
+
+
+def text(result: dict[str, Any]) -> str:
+    lines = [f"{'':12}{'errors':>8}{'cases':>12}{'kernels':>9}{'seconds':>9}"] if result["runs"] else []
+    for found in result["runs"]:
+        errors, done = found["errors"] if found["ran"] else "–", f"{found['cases']} of {found['of']}"
+        numbers = f"{errors:>8}{done:>12}{len(found['kernels_seen']):>9}{found['seconds']:>9.1f}"
+        lines.append(f"{found['tool']:12}{numbers}  {found['reason']}".rstrip())
+        lines += [f"    {line}" for report in found["reports"][:3] for line in report.splitlines()[:8]]
+    if result.get("never_launched"):
+        lines.append(f"never launched: {', '.join(result['never_launched'])}")
+    if result["reason"]:
+        lines.append(f"NOT CHECKED: {result['reason']}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benches.gpu_check.sanitized", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON of all that was found")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--backends", default="cuda", help="cuda, triton, or both with a comma")
+    parser.add_argument("--run", action="store_true", help="launch the kernels: what the tools look at")
+    parser.add_argument("--bare", action="store_true", help="with --run: compare with float64, list the kernels")
+    parser.add_argument("--until", type=float, default=math.inf, help="with --run: seconds since the epoch after which no case begins")
+    args = parser.parse_args(argv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.run:
+        run(args.backends.split(","), args.until, args.bare, args.out)
+        return 0
+    result = check(args)
+    print(text(result))
+    return exit_status(result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
