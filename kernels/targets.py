@@ -47,7 +47,7 @@ class Pairs:
 
 # By the bytes of a logit, here and below. Two vectors a lane and two ahead need few enough registers for several programs a processor.
 STATISTICS = {2: RowTiles(8, 256, 2, 16384), 4: RowTiles(8, 256, 2, 16384)}
-MANY_REGISTERS = 96  # of statistics with a keep set or the rarer sums: left alone, ptxas takes fewer and spills
+MANY_REGISTERS = 128  # of statistics with a keep set or the rarer sums: left alone, ptxas takes fewer and spills
 # One row a processor is in flight (it has to stay in L2 until it is read again), so that one program must keep the memory busy alone; and
 # its lanes run over the whole row, because every merge of segments makes all warps wait. 16 warps may take 128 registers a thread (ptxas,
 # left alone, aims at 64). Four vectors of 16-bit logits at a time would not fit into them.

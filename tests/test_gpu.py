@@ -418,7 +418,11 @@ def test_random_shapes_against_float64(backend, seed):
     for name in STATISTICS:
         got, want = getattr(stats, name).detach().double(), getattr(exact, name).detach()
         assert (got - want).abs().max() <= 2e-6 + 2e-7 * max(largest, float(want.abs().max())), name
-    assert torch.equal(stats.argmax, exact.argmax)
+    if options["softcap"]:  # which saturates: in fp32 the largest few may be the same number, of which the first is meant
+        got, want = ((0.6 if options["scale"] else 1.0) * logits.double().gather(1, i[:, None]) / 7 for i in (stats.argmax, exact.argmax))
+        torch.testing.assert_close(got.tanh(), want.tanh(), rtol=0, atol=3e-7)
+    else:
+        assert torch.equal(stats.argmax, exact.argmax)
     error = (gradient.double() - wanted).norm()
     assert error <= (2e-5 if dtype == torch.float32 else 8e-3) * wanted.norm() + 1e-6 * upstream.norm()  # of one column the gradient is 0
     assert gradient.shape == (n, v)
