@@ -27,7 +27,10 @@ def points(result: dict) -> list[Point]:
     """A shape and a measure each, in the order in which they were taken."""
     out = []
     for scenario in result["scenarios"]:
-        copy = next(statistics.median(case["samples_ms"]) for case in scenario["cases"] if case["measure"] == "copy_")
+        copied = next(case["samples_ms"] for case in scenario["cases"] if case["measure"] == "copy_")
+        if not copied:
+            continue
+        copy = statistics.median(copied)
         taken = [case for case in scenario["cases"] if case["provider"] and case["samples_ms"]]
         for measure in dict.fromkeys(case["measure"] for case in taken):
             of = {case["provider"]: statistics.median(case["samples_ms"]) for case in taken if case["measure"] == measure}

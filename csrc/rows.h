@@ -74,7 +74,9 @@ ROWS_FN Sums<R> merge(const Sums<R>& before, const Sums<R>& next) {
   R wa = shift_a == 0 ? R(1) : std::exp(shift_a), wb = shift_b == 0 ? R(1) : std::exp(shift_b);
   if (before.m == -infinity<R>() && m == -infinity<R>()) wa = wb = 1;  // nothing but −inf, or NaN sums that must survive
   out.s = wa * before.s + wb * next.s;
-  out.t = wa * (before.t + shift_a * before.s) + wb * (next.t + shift_b * next.s);
+  // Differences of numbers near the largest are −inf or beyond LOWEST; their weight is 0, and 0 · −inf has to be kept out here too.
+  R t_a = shift_a > R(LOWEST) ? shift_a : R(LOWEST), t_b = shift_b > R(LOWEST) ? shift_b : R(LOWEST);
+  out.t = wa * (before.t + t_a * before.s) + wb * (next.t + t_b * next.s);
   out.total = (before.total + shift_a * before.finite) + (next.total + shift_b * next.finite);
   out.finite = before.finite + next.finite;
   out.s2 = wa * wa * before.s2 + wb * wb * next.s2;

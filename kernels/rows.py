@@ -156,8 +156,9 @@ def add_tile(sums, y, cols, factor, T: tl.constexpr, TOTAL: tl.constexpr, RARE: 
     if TOTAL:
         total = tl.fma(shift, finite, total) + tl.sum(tl.sum(above, 2), 0)
         finite += tl.sum(tl.sum(tl.where(is_finite, 1.0, 0.0), 2), 0) if GUARDED else y.shape[0] * y.shape[2]
-    if T:  # e is 0 where x is −inf
-        t = tl.fma(w, tl.fma(shift, s, t), tl.sum(tl.sum(e * above, 2), 0))
+    if T:  # e is 0 where x is −inf, or so far below the largest that its distance is
+        above = tl.maximum(above, LOWEST) if GUARDED else above
+        t = tl.fma(w, tl.fma(tl.maximum(shift, LOWEST), s, t), tl.sum(tl.sum(e * above, 2), 0))
     s = tl.fma(w, s, tl.sum(tl.sum(e, 2), 0))
     if RARE:
         s2 = tl.fma(w * w, s2, tl.sum(tl.sum(e * e, 2), 0))
@@ -190,7 +191,7 @@ def across_lanes(sums, T: tl.constexpr, TOTAL: tl.constexpr, RARE: tl.constexpr)
     w = exp(shift)
     row_s = tl.sum(w * s, 0)
     if T:
-        row_t = tl.sum(w * tl.fma(shift, s, t), 0)
+        row_t = tl.sum(w * tl.fma(tl.maximum(shift, LOWEST), s, t), 0)
     if TOTAL:
         row_total = tl.sum(tl.fma(shift, finite, total), 0)
         row_finite = tl.sum(finite, 0)
@@ -215,7 +216,7 @@ def merge(before, following):
     return (
         m,
         tl.fma(wa, a_s, wb * b_s),
-        tl.fma(wa, tl.fma(shift_a, a_s, a_t), wb * tl.fma(shift_b, b_s, b_t)),
+        tl.fma(wa, tl.fma(tl.maximum(shift_a, LOWEST), a_s, a_t), wb * tl.fma(tl.maximum(shift_b, LOWEST), b_s, b_t)),
         tl.fma(shift_a, a_finite, a_total) + tl.fma(shift_b, b_finite, b_total),
         a_finite + b_finite,
         tl.fma(wa * wa, a_s2, wb * wb * b_s2),

@@ -60,6 +60,15 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def pytest_runtest_logfinish() -> None:
+    """After an error of the device nothing works any more in a process: one of several gives up, and another takes its place."""
+    if DEVICE == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 if DEVICE != "cpu":
     torch.set_default_device("cuda")
     DrawnOnHost().__enter__()

@@ -256,6 +256,25 @@ def test_any_number_of_columns(v, dtype, backend):
     torch.testing.assert_close(gradient.double(), wanted, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_by_the_lowest_number(dtype, temperature, backend):
+    """Columns at finfo.min, as models mask them: their distance to the others may be −inf, and is of no weight."""
+    v = columns()
+    logits = (torch.randn(3, v) * 3).to(dtype)
+    logits[0, v // 4 :] = torch.finfo(dtype).min  # whole segments
+    logits[1, ::3] = torch.finfo(dtype).min
+    ids = torch.tensor([1, 1, 2])
+    leaf, exact_leaf = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    stats = token_stats(leaf, ids, outputs=("logp", "lse", "entropy"), temperature=temperature, backend=backend)
+    exact = reference.token_stats(exact_leaf, ids, temperature=temperature)
+    for name in ("logp", "lse", "entropy"):
+        torch.testing.assert_close(getattr(stats, name).double(), getattr(exact, name), rtol=1e-6, atol=5e-6)
+    (gradient,) = torch.autograd.grad((stats.logp - 2 * stats.entropy).sum(), leaf)
+    (wanted,) = torch.autograd.grad((exact.logp - 2 * exact.entropy).sum(), exact_leaf)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2e-2 if dtype.itemsize == 2 else 1e-4, atol=5e-6)
+
+
 def test_exponentials_are_right_everywhere(backend):
     """e^(x − m) from 1 down to where fp32 ends, through max_prob and the gradient of a two-column row."""
     gaps = torch.cat(

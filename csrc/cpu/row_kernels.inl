@@ -414,9 +414,14 @@ template <class T, class R>
 Sums<double> segment(const T* z, int64_t first, int64_t n, const Reading<R>& how, int64_t flags) {
   alignas(64) R y[SEGMENT + UNROLL * LANES<R>];
   const R* bias = how.bias ? how.bias + first : nullptr;
-  const R top = how.plain ? fill<true, T, R>(z + first, bias, n, how, y) : fill<false, T, R>(z + first, bias, n, how, y);
+  R top = how.plain ? fill<true, T, R>(z + first, bias, n, how, y) : fill<false, T, R>(z + first, bias, n, how, y);
   const double factor = how.plain ? double(how.factor) : 1.0;
-  const R by = R(factor * LOG2_E), m2 = safe(top * by);
+  const R by = R(factor * LOG2_E);
+  if (top * by == -infinity<R>() && top != -infinity<R>()) {  // all x here are beyond the lowest number, as logits masked by that one are
+    for (int64_t i = 0; i < n; ++i) y[i] = -infinity<R>();
+    top = -infinity<R>();
+  }
+  const R m2 = safe(top * by);
   Segment out;
   out.m = R(top * factor);
   const Source<R> source{y, all<R>(by), all<R>(-m2)};

@@ -210,7 +210,7 @@ DEVICE_FN KeepPartial keep_sums(const Rows& rows, const T* row, int n, const Rea
     const float y = y_of<GENERAL>(number(row[column]), int(column), how), x = mul(y, how.factor);
     if (x > m) {
       const float shift = shift_to(m, x), w = std::exp(shift);
-      t = mul(w, fma(shift, s, t));
+      t = mul(w, fma(max_number(shift, LOWEST), s, t));
       s = mul(w, s);
       m = x;
     }
@@ -221,7 +221,7 @@ DEVICE_FN KeepPartial keep_sums(const Rows& rows, const T* row, int n, const Rea
   KeepPartial out;
   out.m = warp_max(m);
   const float shift = shift_to(m, out.m), w = std::exp(shift);
-  out.t = warp_add(mul(w, fma(shift, s, t)));
+  out.t = warp_add(mul(w, fma(max_number(shift, LOWEST), s, t)));
   out.s = warp_add(mul(w, s));
   out.id = warp_add(found);
   return out;
@@ -245,7 +245,7 @@ DEVICE_FN Sums<float> merge_segments(const Partial* partials, int segments) {
     const Partial& p = partials[i];
     const float shift = shift_to(p.m, out.m), w = std::exp(shift);
     out.s = fma(w, p.s, out.s);
-    out.t = fma(w, fma(shift, p.s, p.t), out.t);
+    out.t = fma(w, fma(max_number(shift, LOWEST), p.s, p.t), out.t);  // 0 · −inf has to be kept out
     out.total = add(out.total, fma(shift, p.finite, p.total));
     out.finite = add(out.finite, p.finite);
     out.s2 = fma(mul(w, w), p.s2, out.s2);
@@ -267,7 +267,7 @@ DEVICE_FN KeepSums<float> merge_keep(const KeepPartial* parts) {
   for (int i = 0; i < KEEP_PARTS; ++i) {
     const float shift = shift_to(parts[i].m, out.m), w = std::exp(shift);
     out.s = fma(w, parts[i].s, out.s);
-    out.t = fma(w, fma(shift, parts[i].s, parts[i].t), out.t);
+    out.t = fma(w, fma(max_number(shift, LOWEST), parts[i].s, parts[i].t), out.t);
     out.id = add(out.id, parts[i].id);
   }
   return out;

@@ -151,7 +151,7 @@ def group_advantages(
     groups = len(rewards)  # an upper bound of the number of groups that needs no host read
 
     def total(values: Tensor) -> Tensor:
-        return values.new_zeros(groups).index_add_(0, group, values)
+        return sum_at(values, group, groups)
 
     n = total(counts.double())
     low = r.new_full((groups,), math.inf).scatter_reduce_(0, group, r.masked_fill(~counts, math.inf), "amin")
@@ -258,7 +258,14 @@ class LossRows:
     def sequence_sum(self, values: Tensor) -> Tensor:
         assert self.sequence is not None
         assert self.lengths is not None
-        return values.new_zeros(len(self.lengths)).index_add_(0, self.sequence, values)
+        return sum_at(values, self.sequence, len(self.lengths))
+
+
+def sum_at(values: Tensor, places: Tensor, count: int) -> Tensor:
+    """(count,) sums of the values (N,) at their places (N,), the same bits from run to run: on CUDA `index_add_` adds in any order, while
+    accumulating `index_put_` sorts first."""
+    zeros = values.new_zeros(count)
+    return zeros.index_put_((places,), values, accumulate=True) if values.is_cuda else zeros.index_add_(0, places, values)
 
 
 def _reciprocal(value: Tensor) -> Tensor:
@@ -309,7 +316,7 @@ def loss_rows(
         sequence=sequence,
     )
     if cu_seqlens is not None and sequence is not None:
-        rows.lengths = count.new_zeros(len(cu_seqlens) - 1).index_add_(0, sequence, mask.to(dtype))
+        rows.lengths = sum_at(mask.to(dtype), sequence, len(cu_seqlens) - 1)
     rows.live = live_rows(rows, options) if live is None else mask & live
 
     def divisor(given: float | Tensor | None, otherwise: Tensor | None) -> Tensor:
