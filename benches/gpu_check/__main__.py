@@ -20,8 +20,11 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from benches.gpu_check import summary
-from benches.machine import ROOT, write_whole
+from benches.gpu_check.rates import clocks
+from benches.machine import ROOT, commit, describe, slug, write_whole
 
 TAIL = 6000  # characters of a stage's output that are kept
 GRACE = 15  # seconds that a stage may take beyond its share before it is killed
@@ -128,10 +131,6 @@ STAGES = (
 def missing(building: bool) -> list[str]:
     """What this machine lacks, each with what to do."""
     found = []
-    if importlib.util.find_spec("torch") is None:
-        return ["torch is not installed: install a CUDA build, 2.11 or newer"]
-    import torch
-
     if torch.version.cuda is None and not torch.cuda.is_available():
         found.append(f"torch {torch.__version__} is a build without CUDA: install one with it")
     elif not torch.cuda.is_available():
@@ -222,11 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if lacking := missing(building=any(stage.name == "build" for stage in chosen)):
         print("gpu-check cannot run here:\n" + "\n".join(f"  {line}" for line in lacking), file=sys.stderr)
         return UNCHECKED
-
-    import torch
-
-    from benches.gpu_check.rates import clocks
-    from benches.machine import commit, describe, slug
 
     device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
 from benches import grid, linear_table, table
-from benches.gpu_check import counters, sanitized, trainer
 
 # Errors against float64 above which a result of ours is wrong, whatever the shape: of gradients in norm, of statistics as they stand.
 LARGEST = {"gradient": 2e-2, "dX": 1e-2, "dW": 1e-2}
@@ -95,9 +95,9 @@ def _drawn(rows: list[list[str]]) -> list[str]:
 def text(result: dict, folder: Path) -> str:
     machine, said = result["machine"], result["clocks"]
     parts = [f"{machine['device']}, driver {said.get('driver_version', '?')}, torch {machine['torch']}, commit {machine['commit']}"]
-    for name, drawn in (("sanitized", sanitized.text), ("trainer", trainer.text), ("counters", counters.text)):
-        if found := result["stages"].get(name, {}).get("result"):
-            parts.append(drawn(found))
+    for name in ("sanitized", "trainer", "counters"):
+        if found := result["stages"].get(name, {}).get("result"):  # what the stage needed, it has found
+            parts.append(importlib.import_module(f"benches.gpu_check.{name}").text(found))
     if found := _loaded(result, "grid", folder):
         parts.append("grid: " + grid.verdict(found))
     parts.append("\n".join(_drawn(_stage_lines(result))))
