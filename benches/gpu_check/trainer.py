@@ -527,6 +527,8 @@ def _quickstart_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{medians['live_rollouts']:,.0f} rollouts had a gradient; log-prob gap {of(found['samples']['logp_gap_max'], max):.2g}"
     for row in found["before_after"]:
         yield f"{row['metric']:<24}{row['before']:.3f} -> {row['after']:.3f}"
+    for name in (name for name in found if name.endswith("_error")):  # an engine that was tried before this one
+        yield f"{name.removesuffix('_error')} FAILED: {found[name].strip().splitlines()[-1]}"
 
 
 def _paths_lines(found: dict[str, Any]) -> Iterator[str]:
