@@ -181,9 +181,9 @@ ROWS_FN Coefficients<R> coefficients(R m, R log_s, R entropy, R finite, R keep_l
 enum LossKind : int { REINFORCE, CLIPPED, CISPO, SAPO };  // CLIPPED: grpo, dapo, bnpo, dr_grpo
 enum KlKind : int { NO_KL, K1, K2, K3 };
 enum Correction : int { NO_CORRECTION, TRUNCATE, MASK };
-// Lines of the packed (LOSS_LINES, N) loss rows. LINE_ROLLOUT is the sampler's log-prob, and the log of the correction with HAS_OLD.
+// Lines of the packed (LOSS_LINES, N) loss rows. LINE_ROLLOUT is the sampler's log-prob, or with LOG_WEIGHT the log of the correction.
 enum LossLine : int { LINE_ADVANTAGE, LINE_WEIGHT, LINE_REGULARISER, LINE_OLD, LINE_REF, LINE_ROLLOUT, LOSS_LINES };
-constexpr int64_t HAS_OLD = 1;  // bit of `present`; the KL and the correction say by themselves whether their line is there
+constexpr int64_t HAS_OLD = 1, HAS_REF = 2, HAS_ROLLOUT = 4, LOG_WEIGHT = 8;  // bits of `present`
 
 constexpr float MAX_LOG_RATIO = 60;
 
@@ -198,43 +198,137 @@ constexpr int LOSS_NUMBERS = 11;  // in this order
 
 template <class R> ROWS_FN R smaller(R x, R bound) { return x > bound ? bound : x; }  // NaN stays
 
-// d loss / d logp of one token. The table of the losses is in reference.py.
+// What one token brings to the loss and to its metrics. The table of the losses is in reference.py.
 template <class R>
-ROWS_FN R logp_gradient(R logp, const R row[LOSS_LINES], const LossNumbers<R>& n, int loss, int kl, int correction, bool has_old) {
+struct LossTerms {
+  R policy;  // the table's term, times the weight of the rollout correction
+  R ratio, rollout_weight, kl, gap;  // gap: |logp − rollout_logp|
+  R clipped_low, clipped_high;       // 0 or 1
+  R gradient;                        // d loss / d logp
+};
+
+template <class R>
+ROWS_FN LossTerms<R> loss_terms(R logp, const R row[LOSS_LINES], const LossNumbers<R>& n, int loss, int kl, int correction, int64_t present) {
+  LossTerms<R> out = {};
+  const bool has_old = present & HAS_OLD;
   const R a = row[LINE_ADVANTAGE];
   R raw = has_old ? logp - row[LINE_OLD] : logp - logp;  // 0, or NaN with logp
   R log_ratio = smaller(raw, R(MAX_LOG_RATIO));
   bool moves = !(raw > R(MAX_LOG_RATIO));                // a clamped log-ratio has no derivative
-  R policy;
-  if (loss == REINFORCE) {
-    policy = -a;
-  } else if (loss == CISPO) {
-    policy = -smaller(R(std::exp(log_ratio)), n.ratio_cap) * a;
-  } else if (loss == SAPO) {
-    R r = std::exp(log_ratio), tau = a > 0 ? n.tau_pos : n.tau_neg;
-    R sigma = 1 / (1 + std::exp(-tau * (r - 1)));
-    policy = moves ? -a * 4 * sigma * (1 - sigma) * r : R(0);
-  } else {
+  if (loss == CLIPPED) {
     moves = moves && !(log_ratio > n.log_delta);
-    R r = std::exp(smaller(log_ratio, n.log_delta));
-    bool pessimistic = a > 0 ? r > n.high : r < n.low;  // the clipped product is the smaller one: constant
-    policy = moves && !pessimistic ? -a * r : R(0);
-    if (r != r) policy = r;
+    log_ratio = smaller(log_ratio, n.log_delta);
   }
+  const R r = log_ratio == 0 ? R(1) : R(std::exp(log_ratio));
+  out.ratio = r;
+  R slope;  // d policy / d logp
+  if (loss == REINFORCE) {
+    out.policy = -a * logp;
+    slope = -a;
+  } else if (loss == CISPO) {
+    slope = -smaller(r, n.ratio_cap) * a;
+    out.policy = slope * logp;
+    out.clipped_high = r > n.ratio_cap;
+  } else if (loss == SAPO) {
+    R tau = a > 0 ? n.tau_pos : n.tau_neg;
+    R sigma = 1 / (1 + std::exp(-tau * (r - 1)));
+    out.policy = -a * 4 * sigma / tau;
+    slope = moves ? -a * 4 * sigma * (1 - sigma) * r : R(0);
+  } else {
+    const bool below = r < n.low, above = r > n.high;
+    const R product = r * a, clipped = (below ? n.low : above ? n.high : r) * a;
+    out.policy = clipped < product ? -clipped : -product;
+    out.clipped_low = below && a < 0;
+    out.clipped_high = above && a > 0;
+    bool pessimistic = a > 0 ? above : below;  // the clipped product is the smaller one: constant
+    slope = moves && !pessimistic ? -a * r : R(0);
+    if (r != r) slope = r;
+  }
+  out.rollout_weight = 1;
   if (correction != NO_CORRECTION) {
-    R log_w = has_old ? row[LINE_ROLLOUT] : logp - row[LINE_ROLLOUT];
+    R log_w = present & LOG_WEIGHT ? row[LINE_ROLLOUT] : (has_old ? row[LINE_OLD] : logp) - row[LINE_ROLLOUT];
     R w = std::exp(smaller(log_w, R(MAX_LOG_RATIO)));
     if (correction == TRUNCATE) w = smaller(w, n.rollout_cap);
     else if (w < n.rollout_floor || w > n.rollout_cap) w = 0;
-    policy *= w;
+    out.rollout_weight = w;
+    out.policy *= w;
+    slope *= w;
   }
-  R gradient = row[LINE_WEIGHT] * policy;
-  if (kl != NO_KL) {
-    R d = row[LINE_REF] - logp;
-    R slope = kl == K1 ? R(1) : kl == K2 ? -d : R(-std::expm1(d));
-    gradient += n.beta * row[LINE_REGULARISER] * slope;
+  out.gradient = row[LINE_WEIGHT] * slope;
+  if (present & HAS_REF) {
+    R d = row[LINE_REF] - logp, e = std::expm1(d);
+    out.kl = kl == K1 ? -d : kl == K2 ? d * d / 2 : e - d;
+    if (n.beta != 0) out.gradient += n.beta * row[LINE_REGULARISER] * (kl == K1 ? R(1) : kl == K2 ? -d : -e);
   }
-  return gradient;
+  if ((present & HAS_ROLLOUT) && !(present & LOG_WEIGHT)) out.gap = std::fabs(logp - row[LINE_ROLLOUT]);
+  return out;
+}
+
+// d loss / d entropy or self-certainty. A coefficient of 0 is no term at all, whatever the row's weight is.
+template <class R> ROWS_FN R regulariser_gradient(R coefficient, R weight) { return coefficient == 0 ? R(0) : -coefficient * weight; }
+
+// What the rows come to. Sums first, then the two maxima; `finish_metrics` makes of them what users see, in the lines of Metric.
+enum LossSum : int {
+  SUM_POLICY, SUM_KL_TERM, SUM_ENTROPY_TERM, SUM_SELF_CERTAINTY_TERM,  // weighted: parts of the loss
+  SUM_LIVE, SUM_RATIO, SUM_LOW, SUM_HIGH, SUM_ROLLOUT_WEIGHT, SUM_KL, SUM_ENTROPY, SUM_SELF_CERTAINTY,
+  MAX_RATIO, MAX_GAP, LOSS_SUMS
+};
+enum Metric : int {
+  METRIC_LOSS, METRIC_POLICY, METRIC_TOKENS, METRIC_LIVE, METRIC_SEQUENCES, METRIC_RATIO, METRIC_LOW, METRIC_HIGH, METRIC_ROLLOUT_WEIGHT,
+  METRIC_KL, METRIC_ENTROPY, METRIC_SELF_CERTAINTY, METRIC_RATIO_MAX, METRIC_GAP_MAX, METRICS
+};
+// Bits of how `loss_rows` weighs rows (reference.py: loss_rows).
+enum Weighing : int64_t {
+  PER_SEQUENCE = 1,    // an advantage a sequence, not a token
+  COUNTED = 2,         // the divisor is `number` times the tokens that count in this call, or
+  BY_SEQUENCES = 4,    // the sequences
+  SEQUENCE_MEAN = 8,   // a term is divided by the tokens of its sequence as well
+  REGULARISED = 16,    // a row with advantage 0 is not dead
+};
+
+template <class R> ROWS_FN R larger_or_nan(R x, R y) { return x > y || x != x ? x : y; }
+template <class R> ROWS_FN R reciprocal_or_0(R x) { return x == 0 ? R(0) : 1 / x; }  // a batch in which nothing counts has loss 0
+
+// What a live row adds. `entropy` and `self_certainty` are 0 where there is none.
+template <class R>
+ROWS_FN void row_sums(const LossTerms<R>& t, R weight, R regulariser, R entropy, R self_certainty, R out[LOSS_SUMS]) {
+  out[SUM_POLICY] = t.policy * weight;
+  out[SUM_KL_TERM] = t.kl * regulariser;
+  out[SUM_ENTROPY_TERM] = entropy * regulariser;
+  out[SUM_SELF_CERTAINTY_TERM] = self_certainty * regulariser;
+  out[SUM_LIVE] = 1;
+  out[SUM_RATIO] = t.ratio;
+  out[SUM_LOW] = t.clipped_low;
+  out[SUM_HIGH] = t.clipped_high;
+  out[SUM_ROLLOUT_WEIGHT] = t.rollout_weight;
+  out[SUM_KL] = t.kl;
+  out[SUM_ENTROPY] = entropy;
+  out[SUM_SELF_CERTAINTY] = self_certainty;
+  out[MAX_RATIO] = t.ratio;
+  out[MAX_GAP] = t.gap;
+}
+template <class R>
+ROWS_FN void add_sums(const R next[LOSS_SUMS], R into[LOSS_SUMS]) {
+  for (int i = 0; i < MAX_RATIO; ++i) into[i] += next[i];
+  for (int i = MAX_RATIO; i < LOSS_SUMS; ++i) into[i] = larger_or_nan(next[i], into[i]);
+}
+
+template <class R, class Out>
+ROWS_FN void finish_metrics(const R sums[LOSS_SUMS], R tokens, R sequences, const LossNumbers<R>& n, Out out[METRICS]) {
+  R loss = sums[SUM_POLICY];
+  // A coefficient of 0 is no term at all, whatever its sum is.
+  if (n.beta != 0) loss += n.beta * sums[SUM_KL_TERM];
+  if (n.entropy_coef != 0) loss -= n.entropy_coef * sums[SUM_ENTROPY_TERM];
+  if (n.self_certainty_coef != 0) loss -= n.self_certainty_coef * sums[SUM_SELF_CERTAINTY_TERM];
+  const R each = reciprocal_or_0(sums[SUM_LIVE]);
+  out[METRIC_LOSS] = Out(loss);
+  out[METRIC_POLICY] = Out(sums[SUM_POLICY]);
+  out[METRIC_TOKENS] = Out(tokens);
+  out[METRIC_LIVE] = Out(sums[SUM_LIVE]);
+  out[METRIC_SEQUENCES] = Out(sequences);
+  for (int i = METRIC_RATIO; i <= METRIC_SELF_CERTAINTY; ++i) out[i] = Out(sums[SUM_RATIO + (i - METRIC_RATIO)] * each);
+  out[METRIC_RATIO_MAX] = Out(sums[MAX_RATIO]);
+  out[METRIC_GAP_MAX] = Out(sums[MAX_GAP]);
 }
 
 // 2^⌊log2 size⌋, and 1 where that is no number above 0: what an fp16 gradient is divided by until the backward.

@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from urlvr_fast.kernels import targets
-from urlvr_fast.kernels.targets import RUNTIME, Launch
+from urlvr_fast.kernels.targets import RUNTIME, Constant, Launch
 
 from urlvr_fast.ops.reference import LARGEST_REWARD
 
-LARGEST = tl.constexpr(LARGEST_REWARD)
-TO_UNITS, FROM_UNITS, FROM_UPPER = tl.constexpr(2.0**62), tl.constexpr(2.0**-62), tl.constexpr(2.0**-31)
-LOWER_BITS = tl.constexpr(2**31 - 1)
-INFINITY = tl.constexpr(float("inf"))
+LARGEST = Constant(LARGEST_REWARD)
+TO_UNITS, FROM_UNITS, FROM_UPPER = Constant(2.0**62), Constant(2.0**-62), Constant(2.0**-31)
+LOWER_BITS = Constant(2**31 - 1)
+INFINITY = Constant(float("inf"))
 
 
 @triton.jit

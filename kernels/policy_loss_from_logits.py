@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from urlvr_fast.kernels import targets
+from urlvr_fast.kernels.policy_loss import NUMBERS, row_upstream
 from urlvr_fast.kernels.rows import (
     ENTROPY,
     FINITE,
@@ -23,7 +24,6 @@ from urlvr_fast.kernels.rows import (
     ROW_MAX,
     SELF_CERTAINTY,
     coefficients,
-    exp,
     finish_row,
     gradient_at_id,
     gradient_step,
@@ -40,119 +40,7 @@ from urlvr_fast.kernels.rows import (
 from urlvr_fast.kernels.targets import RUNTIME, Launch
 from urlvr_fast.kernels.token_stats import launch, plan_gradient, plan_statistics, row_arguments, wanted_sums
 
-from urlvr_fast.ops.layout import CORRECTIONS, GRADS, HAS_OLD, KL_KINDS, LOSS_KINDS, LossLine, Stat
-
-ADVANTAGE = tl.constexpr(int(LossLine.ADVANTAGE))
-WEIGHT = tl.constexpr(int(LossLine.WEIGHT))
-REGULARISER = tl.constexpr(int(LossLine.REGULARISER))
-OLD = tl.constexpr(int(LossLine.OLD))
-REF = tl.constexpr(int(LossLine.REF))
-ROLLOUT = tl.constexpr(int(LossLine.ROLLOUT))
-PRESENT_OLD = tl.constexpr(HAS_OLD)
-REINFORCE = tl.constexpr(LOSS_KINDS["reinforce"])
-CISPO = tl.constexpr(LOSS_KINDS["cispo"])
-SAPO = tl.constexpr(LOSS_KINDS["sapo"])
-NO_KL = tl.constexpr(KL_KINDS[None])
-K1 = tl.constexpr(KL_KINDS["k1"])
-K2 = tl.constexpr(KL_KINDS["k2"])
-NO_CORRECTION = tl.constexpr(CORRECTIONS[None])
-TRUNCATE = tl.constexpr(CORRECTIONS["truncate"])
-MAX_LOG_RATIO = tl.constexpr(60.0)
-
-# The order of LossNumbers in csrc/rows.h.
-NUMBERS = (
-    *("low", "high", "log_delta", "beta", "entropy_coef", "self_certainty_coef"),
-    *("ratio_cap", "tau_pos", "tau_neg", "rollout_cap", "rollout_floor"),
-)
-
-
-# ---- the coefficient of a row -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def smaller(x, bound):
-    """min(x, bound), where NaN stays."""
-    return tl.where(x > bound, bound, x)
-
-
-@triton.jit
-def expm1(d):
-    """e^d − 1 to a few ulp of itself: by its series near 0, where the difference cancels."""
-    near = tl.fma(d, 1.0 / 8, 1.0)
-    near = tl.fma(d * (1.0 / 7), near, 1.0)
-    near = tl.fma(d * (1.0 / 6), near, 1.0)
-    near = tl.fma(d * (1.0 / 5), near, 1.0)
-    near = tl.fma(d * (1.0 / 4), near, 1.0)
-    near = tl.fma(d * (1.0 / 3), near, 1.0)
-    near = tl.fma(d * (1.0 / 2), near, 1.0)
-    return tl.where(tl.abs(d) < 0.5, d * near, exp(d) - 1)
-
-
-@triton.jit
-def logp_gradient(
-    logp, advantage, weight, regulariser, old, ref, rollout, has_old, loss_kind, kl_kind, correction,
-    low, high, log_delta, beta, ratio_cap, tau_pos, tau_neg, rollout_cap, rollout_floor,
-):  # fmt: skip
-    """d loss / d logp of one token. What does not apply is computed too and not chosen: a row costs a few exponentials either way, and
-    the kinds of losses cost no compilations."""
-    raw = tl.where(has_old, logp - old, logp - logp)  # 0, or NaN with logp
-    log_ratio = smaller(raw, MAX_LOG_RATIO)
-    moves = (raw > MAX_LOG_RATIO) == 0  # a clamped log-ratio has no derivative
-    r = exp(log_ratio)
-    tau = tl.where(advantage > 0, tau_pos, tau_neg)
-    sigma = 1 / (1 + exp(-tau * (r - 1)))
-    sapo = tl.where(moves, -advantage * 4 * sigma * (1 - sigma) * r, 0.0)
-    delta_r = exp(smaller(log_ratio, log_delta))
-    pessimistic = tl.where(advantage > 0, delta_r > high, delta_r < low)  # the clipped product is the smaller one: constant
-    clipped = tl.where(moves & ((log_ratio > log_delta) == 0) & (pessimistic == 0), -advantage * delta_r, 0.0)
-    clipped = tl.where(delta_r != delta_r, delta_r, clipped)
-    policy = tl.where(loss_kind == SAPO, sapo, clipped)
-    policy = tl.where(loss_kind == CISPO, -smaller(r, ratio_cap) * advantage, policy)
-    policy = tl.where(loss_kind == REINFORCE, -advantage, policy)
-    w = exp(smaller(tl.where(has_old, rollout, logp - rollout), MAX_LOG_RATIO))
-    outside = (w < rollout_floor) | (w > rollout_cap)
-    w = tl.where(correction == TRUNCATE, smaller(w, rollout_cap), tl.where(outside, 0.0, w))
-    gradient = weight * tl.where(correction == NO_CORRECTION, policy, policy * w)
-    d = ref - logp
-    slope = tl.where(kl_kind == K1, 1.0, tl.where(kl_kind == K2, -d, -expm1(d)))
-    return tl.where(kl_kind == NO_KL, gradient, gradient + beta * regulariser * slope)
-
-
-@triton.jit
-def power_of_two_below(size):
-    """2^⌊log2 size⌋, and 1 where that is no normal number above 0."""
-    bits = size.to(tl.int32, bitcast=True) & 0x7F800000
-    return tl.where((bits == 0) | (bits == 0x7F800000), 1.0, bits.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def row_upstream(
-    logp, loss, loss_stride, n, inside, present, loss_kind, kl_kind, correction, scale,
-    low, high, log_delta, beta, entropy_coef, self_certainty_coef, ratio_cap, tau_pos, tau_neg, rollout_cap, rollout_floor,
-    SCALED: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the loss by a row's logp, entropy and self-certainty; SCALED: divided by the power of two that comes last."""
-    line = loss + n
-    stride = loss_stride.to(tl.int64)
-    advantage = tl.load(line + ADVANTAGE * stride, mask=inside, other=0.0)
-    weight = tl.load(line + WEIGHT * stride, mask=inside, other=0.0)
-    regulariser = tl.load(line + REGULARISER * stride, mask=inside, other=0.0)
-    old = tl.load(line + OLD * stride, mask=inside, other=0.0)
-    ref = tl.load(line + REF * stride, mask=inside, other=0.0)
-    rollout = tl.load(line + ROLLOUT * stride, mask=inside, other=0.0)
-    g_logp = logp_gradient(
-        logp, advantage, weight, regulariser, old, ref, rollout, (present & PRESENT_OLD) != 0, loss_kind, kl_kind, correction,
-        low, high, log_delta, beta, ratio_cap, tau_pos, tau_neg, rollout_cap, rollout_floor,
-    )  # fmt: skip
-    # A coefficient of 0 is no term at all, whatever the weight.
-    g_h = tl.where(entropy_coef == 0, 0.0, -entropy_coef * regulariser)
-    g_sc = tl.where(self_certainty_coef == 0, 0.0, -self_certainty_coef * regulariser)
-    power = tl.zeros_like(g_logp) + 1
-    if SCALED:
-        power = power_of_two_below((tl.abs(g_logp) + tl.abs(g_h) + tl.abs(g_sc)) * tl.abs(power * scale))
-        g_logp, g_h, g_sc = g_logp / power, g_h / power, g_sc / power
-    return g_logp, g_h, g_sc, power
-
+from urlvr_fast.ops.layout import GRADS, Stat
 
 # ---- kernels ----------------------------------------------------------------------------------------------------------------------------
 

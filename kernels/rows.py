@@ -11,30 +11,31 @@ Differences x − m are fma(y, factor, −m), rounded once however large x and m
 
 import triton
 import triton.language as tl
+from urlvr_fast.kernels.targets import Constant
 
 from urlvr_fast.ops import layout
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1e20)  # exp(x) is 0 below this: stands for −inf where that meets a probability of 0
-NO_COLUMN = tl.constexpr(2**31 - 1)
-INF = tl.constexpr(float("inf"))
+LOG2E = Constant(1.4426950408889634)
+LOWEST = Constant(-1e20)  # exp(x) is 0 below this: stands for −inf where that meets a probability of 0
+NO_COLUMN = Constant(2**31 - 1)
+INF = Constant(float("inf"))
 
-LOGP = tl.constexpr(int(layout.Stat.LOGP))
-LSE = tl.constexpr(int(layout.Stat.LSE))
-ENTROPY = tl.constexpr(int(layout.Stat.ENTROPY))
-SELF_CERTAINTY = tl.constexpr(int(layout.Stat.SELF_CERTAINTY))
-MEAN_LOGIT = tl.constexpr(int(layout.Stat.MEAN_LOGIT))
-PROB_GAP = tl.constexpr(int(layout.Stat.PROB_GAP))
-SUM_P2 = tl.constexpr(int(layout.Stat.SUM_P2))
-ROW_MAX = tl.constexpr(int(layout.Stat.ROW_MAX))
-LOG_S = tl.constexpr(int(layout.Stat.LOG_S))
-FINITE = tl.constexpr(int(layout.Stat.FINITE))
-KEEP_LOG_S = tl.constexpr(int(layout.Stat.KEEP_LOG_S))
-ID_COUNTS = tl.constexpr(int(layout.Stat.ID_COUNTS))
-STATS = tl.constexpr(layout.STATS)
-ENTROPY_ON_KEEP = tl.constexpr(layout.ENTROPY_ON_KEEP)
-RAW = tl.constexpr(layout.RAW)
-PARTIALS = tl.constexpr(8)  # numbers of a segment
+LOGP = Constant(int(layout.Stat.LOGP))
+LSE = Constant(int(layout.Stat.LSE))
+ENTROPY = Constant(int(layout.Stat.ENTROPY))
+SELF_CERTAINTY = Constant(int(layout.Stat.SELF_CERTAINTY))
+MEAN_LOGIT = Constant(int(layout.Stat.MEAN_LOGIT))
+PROB_GAP = Constant(int(layout.Stat.PROB_GAP))
+SUM_P2 = Constant(int(layout.Stat.SUM_P2))
+ROW_MAX = Constant(int(layout.Stat.ROW_MAX))
+LOG_S = Constant(int(layout.Stat.LOG_S))
+FINITE = Constant(int(layout.Stat.FINITE))
+KEEP_LOG_S = Constant(int(layout.Stat.KEEP_LOG_S))
+ID_COUNTS = Constant(int(layout.Stat.ID_COUNTS))
+STATS = Constant(layout.STATS)
+ENTROPY_ON_KEEP = Constant(layout.ENTROPY_ON_KEEP)
+RAW = Constant(layout.RAW)
+PARTIALS = Constant(8)  # numbers of a segment
 
 
 # ---- one element ------------------------------------------------------------------------------------------------------------------------

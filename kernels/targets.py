@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 
 VECTOR_BYTES = 16  # the widest load of a thread
 PROCESSORS_ON_HOST = 1  # programs of a persistent grid when the kernels are interpreted
@@ -58,6 +59,9 @@ BIAS = Block(4, 1024)
 BIAS_ROWS = 256  # rows summed by one program; the sums of the programs are added in order
 KEEP = Block(4, 512)  # entries of a row's keep set, a step
 ROWS = Block(4, 128)  # rows, where a kernel has one number a row
+LENGTHS = Block(4, 1024)  # tokens of a sequence, and lengths of sequences, a step
+OBJECTIVE = Block(4, 512)  # rows whose terms one program adds up
+METRICS = Block(4, 128)  # sums of such programs, a step
 ADVANTAGES = Pairs(4, 8, 128)  # eight pairs a thread; few rollouts a program, so that a batch of 512 occupies 64 processors
 KEEP_LANES = 128  # entries of a row's keep set that the statistics read at a time
 
@@ -69,8 +73,18 @@ RUNTIME = (
     *("upstream", "upstream_stride", "given", "out", "out_stride_a", "out_stride_b", "values", "bias_values", "bias_grad", "blocks"),
     *("loss", "loss_stride", "present", "loss_kind", "kl_kind", "correction", "row_scale", "low", "high", "log_delta", "beta"),
     *("entropy_coef", "self_certainty_coef", "ratio_cap", "tau_pos", "tau_neg", "rollout_cap", "rollout_floor"),
+    *("advantages", "cu_seqlens", "old_logp", "ref_logp", "rollout_logp", "denominator", "number", "weighing", "lengths", "sequences"),
+    *("steps", "live", "counts", "logp", "entropy", "self_certainty", "metrics"),
     *("rewards", "group_ids", "eps_bits"),
 )
+
+
+class Constant(tl.constexpr):
+    """A global that kernels use. Before every launch Triton compares each with what it was when the kernel was compiled, and the comparison
+    of its own class makes objects: for thirty constants a third of the launch's time on the host."""
+
+    def __ne__(self, other: Any) -> Any:
+        return self.value != other.value if isinstance(other, Constant) else super().__ne__(other)
 
 
 class Launch(NamedTuple):

@@ -99,7 +99,7 @@ def on_simulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Callable:
         command = [sys.executable, "-c", SIMULATED, str(folder), module, "--run", "--out", str(folder / "out.json"), *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        instance = re.compile(r"op, (\w+_kernel)<([^>]*)>.* \[with T = (\w+)(?:; bool GENERAL = (\w+))?")
+        instance = re.compile(r"op, (\w+_kernel)<([^>]*)>(?:.* \[with T = (\w+)(?:; bool GENERAL = (\w+))?)?")
         found = [instance.match(line) for line in (folder / "launches").read_text().splitlines()]
         launched = {(m[1], *(value for part, value in (("T", m[3]), ("GENERAL", m[4])) if part in m[2].split(", "))) for m in found if m}
         return json.loads((folder / "out.json").read_text()), launched
@@ -150,7 +150,8 @@ def right() -> dict[str, torch.Tensor]:
 
 def test_a_wrong_number_is_noticed() -> None:
     assert sanitized.differences(CASE, right()) == []
-    for name in ("stats", "sums", "policy_stats", "gradient", "gradient_in_place", "policy", "bias_grad"):
+    of_loss = ("lines", "live", "counts", "metrics", "metrics_alone", "row_gradients")
+    for name in ("stats", "sums", "policy_stats", "gradient", "gradient_in_place", "policy", "bias_grad", *of_loss):
         for wrong in (0.01, float("nan")):
             got = right()
             got[name].view(-1)[0] += wrong

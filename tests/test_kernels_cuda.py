@@ -13,13 +13,30 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cuda_on_cpu import DTYPES, EVERYTHING, Kernels, Settings, build_harness, machine, rows_of
 
-from urlvr_fast.ops import reference
-from urlvr_fast.ops.layout import CORRECTIONS, ENTROPY_ON_KEEP, GRADS, HAS_OLD, KL_KINDS, LOSS_LINES, RAW, STATS, LossLine, Stat
+from urlvr_fast.ops import packed_loss, reference
+from urlvr_fast.ops.layout import (
+    CORRECTIONS,
+    ENTROPY_ON_KEEP,
+    GRADS,
+    HAS_OLD,
+    HAS_REF,
+    HAS_ROLLOUT,
+    KL_KINDS,
+    LOG_WEIGHT,
+    LOSS_LINES,
+    METRICS,
+    RAW,
+    STATS,
+    LossLine,
+    Metric,
+    Stat,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
@@ -328,9 +345,9 @@ def expected_gradient(rows, upstream, given, flags=EVERYTHING):
 
 
 def assert_gradient(got, want):
+    bound = 1e-5 if got.dtype == torch.float32 else 5e-3
     got = got.double()
     assert (got[want == 0] == 0).all()
-    bound = 1e-5 if got.dtype == torch.float32 else 5e-3
     assert (got - want).norm() <= bound * want.norm() + 1e-30, (got - want).norm() / want.norm()
 
 
@@ -534,14 +551,8 @@ LOSSES = {"reinforce": 0, "dapo": 1, "cispo": 2, "sapo": 3}
 WAYS = {"cluster": machine(clusters=1, slice_bytes=15 * 1024), "twice": machine(), "one after the other": machine(multiprocessors=1000)}
 
 
-def loss_numbers(options):
-    log_delta = INF if options.delta is None else math.log(options.delta)
-    clip = [1 - options.eps_low, 1 + options.eps_high, log_delta, options.beta, options.entropy_coef, options.self_certainty_coef]
-    return [*clip, options.ratio_cap, options.tau_pos, options.tau_neg, options.rollout_cap, options.rollout_floor]
-
-
 def loss_case(rows, options, kl, correction, has_old, seed=11):
-    """Loss lines whose ratios lie on all sides of every threshold, and the loss as a function of float64 logits."""
+    """Loss lines whose ratios lie on all sides of every threshold, which are there, and the loss as a function of float64 logits."""
     g = torch.Generator().manual_seed(seed)
     stats = expected_stats(rows)
     n = len(stats.logp)
@@ -558,7 +569,8 @@ def loss_case(rows, options, kl, correction, has_old, seed=11):
     if kl is not None:
         lines[LossLine.REF] = ref
     if correction is not None:
-        lines[LossLine.ROLLOUT] = old - rollout if has_old else rollout
+        lines[LossLine.ROLLOUT] = rollout
+    present = HAS_OLD * has_old | HAS_REF * (kl is not None) | HAS_ROLLOUT * (correction is not None)
     live = torch.ones(n, dtype=torch.bool) if rows["mask"] is None else rows["mask"]
     loss_rows = reference.LossRows(
         advantages=lines[LossLine.ADVANTAGE].double(),
@@ -576,7 +588,7 @@ def loss_case(rows, options, kl, correction, has_old, seed=11):
         stats = expected_stats(rows, logits=logits)
         return reference.policy_objective(stats.logp, stats.entropy, stats.self_certainty, loss_rows, options)[0]
 
-    return lines, loss
+    return lines, present, loss
 
 
 def policy_flags(options):
@@ -586,10 +598,10 @@ def policy_flags(options):
 
 
 def run_policy(kernels, rows, options, kl, correction, has_old, out=None, row_scale=None, seed=11):
-    lines, loss = loss_case(rows, options, kl, correction, has_old, seed)
+    lines, present, loss = loss_case(rows, options, kl, correction, has_old, seed)
     kinds = (LOSSES[options.loss_type], KL_KINDS[kl], CORRECTIONS[correction])
     out = torch.full(rows["logits"].shape, NAN, dtype=rows["logits"].dtype) if out is None else out
-    present, numbers = HAS_OLD * has_old, loss_numbers(options)
+    numbers = packed_loss.loss_numbers(options)
     stats, way = kernels.policy(rows, lines, out, policy_flags(options), present, kinds, numbers, row_scale)
     return out, stats, way, loss
 
@@ -613,6 +625,20 @@ def test_every_policy_loss(kernels, loss_type):
         )
         out, _, _, loss = run_policy(kernels, rows, options, kl, correction, has_old)
         assert_gradient(out, expected_policy_gradient(rows, loss))
+
+
+@pytest.mark.parametrize("correction", ["truncate", "mask"])
+def test_a_correction_that_is_known_beforehand(kernels, correction):
+    """Its log in the place of the sampler's log-prob."""
+    rows = rows_of(random_logits(4, 12, 70, size=1.5), ids=random_ids(48, 70))
+    options = reference.LossOptions(rollout_correction=correction, rollout_floor=0.3, rollout_cap=1.6)
+    want, _, _, _ = run_policy(kernels, rows, options, None, correction, True)
+    lines, present, _ = loss_case(rows, options, None, correction, True)
+    lines[LossLine.ROLLOUT] = lines[LossLine.OLD] - lines[LossLine.ROLLOUT]
+    kinds, numbers = (LOSSES[options.loss_type], 0, CORRECTIONS[correction]), packed_loss.loss_numbers(options)
+    out = torch.full_like(want, NAN)
+    kernels.policy(rows, lines, out, policy_flags(options), present | LOG_WEIGHT, kinds, numbers)
+    assert torch.equal(out, want)
 
 
 REGULARISED = reference.LossOptions(kl="k3", beta=0.1, entropy_coef=0.3, self_certainty_coef=0.2, rollout_correction="truncate")
@@ -701,7 +727,7 @@ def test_policy_rows_that_are_dead_or_no_numbers(kernels, way):
     lines[LossLine.ADVANTAGE, 3] = 0
     out = torch.full_like(logits, NAN)
     options = reference.LossOptions()
-    stats, _ = kernels.policy(rows, lines, out, 1 << Stat.LOGP, 0, (1, 0, 0), loss_numbers(options))
+    stats, _ = kernels.policy(rows, lines, out, 1 << Stat.LOGP, 0, (1, 0, 0), packed_loss.loss_numbers(options))
     assert (out[0, 0, ::3] == 0).all()
     assert out[0, 0].isfinite().all()
     assert (out[0, [1, 3]] == 0).all()
@@ -757,3 +783,277 @@ def test_a_factor_of_one_touches_nothing(kernels):
     gradient = torch.full((1, 1, 40), 0x7F81, dtype=torch.int16).view(torch.bfloat16)
     kernels.scale(gradient, 1.0)
     assert (gradient.view(torch.int16) == 0x7F81).all()
+
+
+# --------------------------------------------------------------------------------------------------------------- rows of a policy loss
+
+TOKEN_LOSSES = ("reinforce", "grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo")
+
+
+@pytest.fixture
+def packed(kernels, monkeypatch):
+    """`PackedRows.of` for the reference's arguments, by these kernels. What they are given to write in holds NaN, and True as a bool."""
+
+    def after_filling(function, outputs):
+        def run(*arguments):
+            for out in arguments[-outputs:]:
+                if out is not None:
+                    out.fill_(NAN)
+            function(*arguments)
+
+        return run
+
+    package = SimpleNamespace(loss_rows=after_filling(kernels.loss_rows, 3), objective=after_filling(kernels.objective, 2))
+    monkeypatch.setattr(packed_loss, "kernels", lambda backend: package)
+    optional = dict.fromkeys(("mask", "cu_seqlens", "old_logp", "ref_logp", "rollout_logp", "denominator"))
+
+    def make(options, rows, **given):
+        return packed_loss.PackedRows.of(options, "cuda", rows, **{**optional, **given})
+
+    return make
+
+
+def exact_rows(options, rows, advantages, mask=None, **given):
+    mask = torch.ones(rows, dtype=torch.bool) if mask is None else mask
+    wide = {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for name, value in given.items()
+    }
+    return reference.loss_rows(options, advantages=advantages.double(), mask=mask, dtype=torch.float64, **wide)
+
+
+def assert_rows(got, want):
+    n = len(want.mask)
+    some = bool(want.mask.any())
+    sequences = int(some) if want.lengths is None else int((want.lengths > 0).sum())
+    assert got.counts.tolist() == [int(want.mask.sum()), sequences]
+    assert torch.equal(got.live, want.live)
+    assert torch.equal(got.lines[LossLine.ADVANTAGE], want.advantages.float())
+    torch.testing.assert_close(got.lines[LossLine.WEIGHT].double(), want.weight.expand(n), rtol=3e-7, atol=0)
+    assert torch.equal(got.lines[LossLine.REGULARISER], got.lines[LossLine.WEIGHT])
+    for line, value in ((LossLine.OLD, want.old_logp), (LossLine.REF, want.ref_logp), (LossLine.ROLLOUT, want.rollout_logp)):
+        assert torch.equal(got.lines[line], torch.zeros(n) if value is None else value.float())
+
+
+def random_mask(n, share=0.7, offset=0, seed=21):
+    """`offset` bytes behind a multiple of 16."""
+    memory = torch.rand(n + offset, generator=torch.Generator().manual_seed(seed)) < share
+    return memory[offset:]
+
+
+def random_advantages(n, seed=22):
+    """Some of them 0."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.8)
+
+
+LENGTHS = {  # of the sequences
+    "one row": [1],
+    "one": [100],
+    "some": [0, 3, 0, 0, 17, 250, 30, 0, 400, 1, 0],
+    "many": [0, 1, 2, 0] * 300,
+    "long": [5, 8500, 0, 60],
+    "no rows": [0, 0],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("loss_type", TOKEN_LOSSES)
+def test_the_rows_of_a_loss(packed, loss_type, lengths):
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS[lengths])])
+    n, sequences = int(cu_seqlens[-1]), len(cu_seqlens) - 1
+    options = reference.LossOptions(loss_type=loss_type, max_length=77 if loss_type == "dr_grpo" else None)
+    old, ref, rollout = -torch.rand(3, n, generator=torch.Generator().manual_seed(23))
+    masks = {None: None, "some": random_mask(n, offset=3), "none": torch.zeros(n, dtype=torch.bool)}
+    if lengths == "some":
+        masks["but a sequence"] = random_mask(n).clone()
+        masks["but a sequence"][20:270] = False
+    for mask, per_sequence, denominator in itertools.product(masks.values(), (False, True), (None, 12.5, torch.tensor(40.0))):
+        given = {"mask": mask, "cu_seqlens": cu_seqlens, "denominator": denominator, "old_logp": old}
+        given |= {"advantages": random_advantages(sequences if per_sequence else n)}
+        given |= {"ref_logp": ref} if per_sequence else {"rollout_logp": rollout}
+        assert_rows(packed(options, n, **given), exact_rows(options, n, **given))
+
+
+@pytest.mark.parametrize("n", [0, 1, 300, 9001])
+@pytest.mark.parametrize("loss_type", ["reinforce", "dapo", "bnpo", "cispo", "dr_grpo"])
+def test_rows_without_sequences(packed, loss_type, n):
+    options = reference.LossOptions(loss_type=loss_type, entropy_coef=0.1 if loss_type == "bnpo" else 0.0)
+    masks = [None, random_mask(n), random_mask(n, offset=5), torch.zeros(n, dtype=torch.bool)]
+    for mask, denominator in itertools.product(masks, (None, 3.0, 0.0, torch.tensor(7.0))):
+        if loss_type == "dr_grpo" and denominator is None:
+            continue
+        given = {"mask": mask, "advantages": random_advantages(n), "denominator": denominator}
+        assert_rows(packed(options, n, **given), exact_rows(options, n, **given))
+
+
+@pytest.mark.parametrize("cu_seqlens", [
+    [0, 6, 4, 10], [0, 4, 9], [0, 4, 11], [1, 10], [0, -5, 10], [0, 1 << 40, 10], [-(1 << 40), 10], [0, 10, 0, 10], [10, 0], [0, 0], [3, 3],
+])  # fmt: skip
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_sequences_that_cannot_be_leave_no_row_a_weight(packed, loss_type, cu_seqlens):
+    n, cu_seqlens = 10, torch.tensor(cu_seqlens)
+    for mask, per_sequence in itertools.product((None, random_mask(n)), (False, True)):
+        advantages = torch.ones(len(cu_seqlens) - 1 if per_sequence else n)
+        got = packed(reference.LossOptions(loss_type=loss_type), n, advantages=advantages, cu_seqlens=cu_seqlens, mask=mask)
+        assert got.lines[: LossLine.REGULARISER + 1].isnan().all()
+        assert got.counts.isnan().all()
+        assert torch.equal(got.live, torch.ones(n, dtype=torch.bool) if mask is None else mask)
+
+
+def objective_case(n, has_old=True, has_ref=True, has_rollout=True, masked=True, seed=31):
+    """Arguments of `loss_rows` whose ratios lie on all sides of every threshold, and statistics of the rows."""
+    g = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(n, generator=g) * 3
+    old, ref, rollout = logp + torch.randn(3, n, generator=g) * 0.7
+    cuts = torch.randint(n + 1, (3,), generator=g).sort().values
+    cu_seqlens = torch.tensor([0, *cuts.tolist(), n])
+    given = {"advantages": random_advantages(n), "cu_seqlens": cu_seqlens, "mask": random_mask(n) if masked else None}
+    given |= {"old_logp": old} if has_old else {}
+    given |= {"ref_logp": ref} if has_ref else {}
+    given |= {"rollout_logp": rollout} if has_rollout else {}
+    return given, logp, torch.rand(n, generator=g) * 5, torch.rand(n, generator=g) * 2
+
+
+def exact_objective(options, given, logp, entropy, self_certainty):
+    """Loss and metrics in float64, and (GRADS, N) gradients by autograd."""
+    rows = exact_rows(options, len(logp), **given)
+    leaves = [None if value is None else value.double().requires_grad_() for value in (logp, entropy, self_certainty)]
+    loss, metrics = reference.policy_objective(*leaves, rows, options)
+    gradients = torch.zeros(GRADS, len(logp), dtype=torch.float64)
+    lines = [line for line, leaf in zip((Stat.LOGP, Stat.ENTROPY, Stat.SELF_CERTAINTY), leaves, strict=True) if leaf is not None]
+    found = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None], allow_unused=True)
+    for line, gradient in zip(lines, found, strict=True):
+        if gradient is not None:
+            gradients[line] = gradient
+    return loss.detach(), metrics, gradients
+
+
+def statistics_of(logp, entropy, self_certainty):
+    absent = reference.TokenStats(*[None] * len(reference.TokenStats._fields))
+    return absent._replace(logp=logp, entropy=entropy, self_certainty=self_certainty)
+
+
+def assert_objective(packed, options, given, *statistics):
+    n = len(statistics[0])
+    rows, values = packed(options, n, **given), statistics_of(*statistics)
+    loss, metrics, gradients = rows.evaluate(values, options, differentiate=True)
+    alone, metrics_alone, _ = rows.evaluate(values, options, differentiate=False)
+    for one, other in zip((loss, *metrics.values()), (alone, *metrics_alone.values()), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    want, want_metrics, want_gradients = exact_objective(options, given, *statistics)
+    assert metrics.keys() == want_metrics.keys()
+    for name, value in {"loss": want, **want_metrics}.items():
+        got = loss if name == "loss" else metrics[name]
+        torch.testing.assert_close(
+            got.double(), value.double(), rtol=1e-5, atol=2e-6, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert (gradients[want_gradients == 0] == 0).all()
+    torch.testing.assert_close(gradients.double(), want_gradients, rtol=2e-5, atol=1e-6 / max(n, 1), equal_nan=True)
+    return loss, metrics, gradients
+
+
+@pytest.mark.parametrize("kl", KL_KINDS)
+@pytest.mark.parametrize("loss_type", TOKEN_LOSSES)
+def test_every_objective(packed, loss_type, kl):
+    for correction, has_old, plain in itertools.product(CORRECTIONS, (False, True), (False, True)):
+        more = {} if plain else {"entropy_coef": 0.2, "self_certainty_coef": -0.1}
+        more |= {"delta": 2.0} if loss_type in ("grpo", "dapo", "bnpo", "dr_grpo") and has_old else {}
+        more |= {"kl": kl, "beta": 0.0 if plain else 0.3} if kl else {}
+        more |= {"max_length": 50} if loss_type == "dr_grpo" else {}
+        options = reference.LossOptions(
+            loss_type=loss_type, ratio_cap=1.5, rollout_correction=correction, rollout_floor=0.3, rollout_cap=1.6, **more
+        )
+        given, *statistics = objective_case(300, has_old, kl is not None, correction is not None or has_old, masked=not plain)
+        if correction == "mask":
+            statistics[2] = None if plain else statistics[2]
+            statistics[1] = None if plain else statistics[1]
+        assert_objective(packed, options, given, *statistics)
+
+
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 700, 256 * 257 + 3])
+def test_any_number_of_rows_of_an_objective(packed, n):
+    assert_objective(packed, REGULARISED, *objective_case(n))
+
+
+def test_an_objective_of_no_rows_is_0(packed):
+    given, *statistics = objective_case(0)
+    loss, metrics, gradients = assert_objective(packed, REGULARISED, given, *statistics)
+    assert [float(loss), *map(float, metrics.values())] == [0.0] * (1 + len(metrics))
+    assert gradients.shape == (GRADS, 0)
+    given, *statistics = objective_case(300)
+    given["mask"] = torch.zeros(300, dtype=torch.bool)
+    loss, metrics, gradients = assert_objective(packed, REGULARISED, given, *statistics)
+    assert [float(loss), *map(float, metrics.values())] == [0.0] * (1 + len(metrics))
+    assert (gradients == 0).all()
+
+
+@pytest.mark.parametrize("loss_type", TOKEN_LOSSES)
+def test_an_objective_of_rows_that_are_dead_or_no_numbers(packed, loss_type):
+    options = reference.LossOptions(loss_type=loss_type, beta=0.1, kl="k2", entropy_coef=0.1, max_length=9, rollout_correction="truncate")
+    given, *statistics = objective_case(300)
+    given["mask"][100:200] = False
+    for vector in (*statistics, given["old_logp"], given["ref_logp"], given["rollout_logp"], given["advantages"]):
+        vector[100:200] = torch.tensor([NAN, INF, -INF, 1e38]).repeat(25)
+    _, metrics, gradients = assert_objective(packed, options, given, *statistics)
+    assert all(value.isfinite() for value in metrics.values())
+    assert gradients.isfinite().all()
+    row = int(given["mask"].nonzero()[5])
+    for vector in (statistics[0], given["old_logp"], given["rollout_logp"]):
+        before = vector[row].clone()
+        for value in (-INF, -80.0, 80.0):
+            vector[row] = value
+            assert_objective(packed, options, given, *statistics)
+        vector[row] = NAN
+        rows, values = packed(options, 300, **given), statistics_of(*statistics)
+        loss, _, gradients = rows.evaluate(values, options, differentiate=True)
+        assert loss.isnan()
+        assert gradients[Stat.LOGP].isnan().nonzero().tolist() == [[row]]
+        vector[row] = before
+
+
+def test_a_coefficient_of_0_is_no_term(packed):
+    """Whatever the values that it is a coefficient of, and whatever the weight."""
+    given, *statistics = objective_case(300, masked=False)
+    for vector in (statistics[1], statistics[2], given["ref_logp"]):
+        vector[7] = NAN
+    loss, metrics, _ = assert_objective(packed, reference.LossOptions(), given, *statistics)
+    assert loss.isfinite()
+    assert metrics["entropy"].isnan()
+    assert metrics["kl"].isnan()
+    given["denominator"] = NAN
+    rows = packed(reference.LossOptions(), 300, **given)
+    values = statistics_of(statistics[0], statistics[1], None)
+    _, _, gradients = rows.evaluate(values, reference.LossOptions(), differentiate=True)
+    assert gradients[0, rows.live].isnan().all()
+    assert (gradients[1:] == 0).all()
+    assert not torch.signbit(gradients[1:]).any()
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_the_order_of_threads_does_not_change_an_objective(kernels, packed, seed):
+    results = []
+    for chance in (0, seed):  # 0: the youngest first
+        kernels.settings = machine(seed=chance)
+        given, *statistics = objective_case(700)
+        rows = packed(REGULARISED, 700, **given)
+        values = statistics_of(*statistics)
+        loss, metrics, gradients = rows.evaluate(values, REGULARISED, differentiate=True)
+        results.append([rows.lines, rows.live, rows.counts, loss, *metrics.values(), gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_metrics_have_their_lines(kernels):
+    """Those of `Metric`, whose order is also that of rows.h."""
+    lines = torch.ones(LOSS_LINES, 1)
+    metrics = torch.full((METRICS,), NAN)
+    counts = torch.tensor([5.0, 3.0])
+    given = (torch.tensor([1.0]), torch.tensor([2.5]), torch.tensor([3.5]), lines, torch.ones(1, dtype=torch.bool), counts)
+    numbers = packed_loss.loss_numbers(reference.LossOptions())
+    kernels.objective(*given, HAS_OLD | HAS_REF | HAS_ROLLOUT, 1, KL_KINDS["k1"], CORRECTIONS["truncate"], numbers, metrics, None)
+    found = {metric.name.lower(): float(metrics[metric]) for metric in Metric}
+    assert found == {
+        "loss": -1.0, "policy_loss": -1.0, "tokens": 5.0, "live_tokens": 1.0, "sequences": 3.0, "ratio_mean": 1.0, "clip_frac_low": 0.0,
+        "clip_frac_high": 0.0, "rollout_weight_mean": 1.0, "kl": 0.0, "entropy": 2.5, "self_certainty": 3.5, "ratio_max": 1.0,
+        "rollout_gap_max": 0.0,
+    }  # fmt: skip

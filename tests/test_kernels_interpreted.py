@@ -11,7 +11,9 @@ import pytest
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("file", ["test_kernels_triton.py", "test_kernel_options.py", "test_ops_group_advantages.py"])
+@pytest.mark.parametrize(
+    "file", ["test_kernels_triton.py", "test_kernel_options.py", "test_ops_group_advantages.py", "test_ops_packed_loss.py"]
+)
 def test_triton_kernels_interpreted(file):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)

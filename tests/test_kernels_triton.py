@@ -15,10 +15,23 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment, before Triton is imported", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from urlvr_fast.kernels import policy_loss_from_logits, scale_rows, targets, token_stats
+from urlvr_fast.kernels import policy_loss, policy_loss_from_logits, scale_rows, targets, token_stats
 
 from urlvr_fast.ops import reference
-from urlvr_fast.ops.layout import CORRECTIONS, ENTROPY_ON_KEEP, GRADS, HAS_OLD, KL_KINDS, LOSS_KINDS, LOSS_LINES, RAW, STATS, Stat
+from urlvr_fast.ops.layout import (
+    CORRECTIONS,
+    ENTROPY_ON_KEEP,
+    GRADS,
+    HAS_OLD,
+    HAS_REF,
+    HAS_ROLLOUT,
+    KL_KINDS,
+    LOSS_KINDS,
+    LOSS_LINES,
+    RAW,
+    STATS,
+    Stat,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy: NaN and −inf are what some rows are made of
 
@@ -510,15 +523,19 @@ def loss_case(options, logp, *, old, ref, rollout, mask=None, seed=3):
     cu_seqlens = torch.tensor([0, n // 3, n // 3, n])
     given = {"old_logp": near(0.3) if old else None, "ref_logp": near(0.5) if ref else None, "rollout_logp": near(0.7) if rollout else None}
     rows = reference.loss_rows(options, advantages=advantages, mask=mask, dtype=torch.float64, cu_seqlens=cu_seqlens, **given)
-    last = rows.rollout_logp if rows.log_rollout_weight is None else rows.log_rollout_weight
-    lines = [rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, last]
+    lines = [rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rows.rollout_logp]
     packed = torch.stack([torch.full((n,), NAN) if line is None else line.float() for line in lines])
     assert len(packed) == LOSS_LINES
     return rows, packed
 
 
+def present_of(rows):
+    optional = {HAS_OLD: rows.old_logp, HAS_REF: rows.ref_logp, HAS_ROLLOUT: rows.rollout_logp}
+    return sum(bit for bit, value in optional.items() if value is not None)
+
+
 def kinds(options, rows):
-    kl = KL_KINDS[options.kl if rows.ref_logp is not None and options.beta else None]
+    kl = KL_KINDS[options.kl if rows.ref_logp is not None else None]
     return LOSS_KINDS[options.loss_type], kl, CORRECTIONS[options.rollout_correction]
 
 
@@ -539,9 +556,9 @@ def test_coefficient_of_every_loss(loss, old):
         (expected,) = torch.autograd.grad(value, leaf)
         stats, upstream = torch.zeros(STATS, n), torch.full((GRADS, n), NAN)
         stats[Stat.LOGP] = logp.float()
-        names = dict(zip(policy_loss_from_logits.NUMBERS, numbers_of(options), strict=True))
+        names = dict(zip(policy_loss.NUMBERS, numbers_of(options), strict=True))
         loss_kind, kl_kind, correction_kind = kinds(options, rows)
-        kind = {"loss_kind": loss_kind, "kl_kind": kl_kind, "correction": correction_kind, "present": HAS_OLD * old}
+        kind = {"loss_kind": loss_kind, "kl_kind": kl_kind, "correction": correction_kind, "present": present_of(rows)}
         tensors = {"mask": None, "loss": packed, "stats": stats, "upstream": upstream, "row_scale": None}
         strides = {"loss_stride": n, "stats_stride": n, "upstream_stride": n, "rows": n, "scale": 1.0}
         arguments = names | kind | tensors | strides
@@ -587,7 +604,7 @@ def test_policy(name, dtype):
     flags = flags_of(case)
     tail = (*kinds(options, rows), numbers_of(options), stats)
     out = torch.full_like(logits, 77.0)
-    policy_loss_from_logits.policy(*row_arguments(mine, **tensors), flags, packed, HAS_OLD * present["old"], *tail, out, row_scale)
+    policy_loss_from_logits.policy(*row_arguments(mine, **tensors), flags, packed, present_of(rows), *tail, out, row_scale)
     assert_stats(stats, reference_stats(logits, case), logits, case)
     if row_scale is None:
         assert_gradient(out, expected)
@@ -599,7 +616,7 @@ def test_policy(name, dtype):
         assert (out.view(N, V)[~MASK] == 0).all()
         assert (stats[:, ~MASK] == 0).all()
         assert row_scale is None or (row_scale[~MASK] == 1).all()
-    policy_loss_from_logits.policy(*row_arguments(mine, **tensors), flags, packed, HAS_OLD * present["old"], *tail, mine, row_scale)
+    policy_loss_from_logits.policy(*row_arguments(mine, **tensors), flags, packed, present_of(rows), *tail, mine, row_scale)
     assert torch.equal(mine, out)
 
 

@@ -24,10 +24,10 @@ if __name__ != "__main__":
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from urlvr_fast.kernels import group_advantages, policy_loss_from_logits, scale_rows, token_stats
+from urlvr_fast.kernels import group_advantages, policy_loss, policy_loss_from_logits, scale_rows, token_stats
 
 from benches.compiled import binary_of, cuobjdump, hot_launches, hot_loop, specialisation
-from urlvr_fast.ops.layout import ENTROPY_ON_KEEP, GRADS, LOSS_LINES, RAW, STATS, Stat
+from urlvr_fast.ops.layout import ENTROPY_ON_KEEP, GRADS, HAS_OLD, LOSS_LINES, METRICS, RAW, STATS, Stat
 
 ARCHITECTURES = (80, 90, 100)
 COLUMNS = (32000, 151936)
@@ -111,11 +111,29 @@ def advantages(dtype, rows=512, ids=torch.int64, eps=1e-6):
         yield group_advantages.plan_advantages(rewards, group_ids, masked, scale, baseline, eps, rewards)
 
 
+def losses(rows=MANY, sequences=32):
+    """Every set of tensors that the kernels around a policy loss are compiled for."""
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    out = meta(LOSS_LINES, rows), meta(rows, dtype=torch.bool), meta(2)
+    for mask, cu_seqlens, denominator in itertools.product((False, True), repeat=3):
+        given = meta(rows, dtype=torch.bool) if mask else None, meta(sequences + 1, dtype=torch.int64) if cu_seqlens else None
+        optional = meta(rows), None, None, meta(()) if denominator else None
+        yield from policy_loss.plan_loss_rows(meta(rows), *given, *optional, 1.0, 0, *out)
+    numbers = [0.8, 1.28, float("inf"), 0.1, 0.01, 0.0, 5.0, 1.0, 1.05, 3.0, 0.0]
+    for entropy, self_certainty, upstream in itertools.product((False, True), repeat=3):
+        given = meta(rows), meta(rows) if entropy else None, meta(rows) if self_certainty else None
+        kinds = HAS_OLD, 1, 0, 0, numbers
+        yield from policy_loss.plan_objective(*given, *out, *kinds, meta(METRICS), meta(GRADS, rows) if upstream else None)
+
+
 def specialisations():
     """Without repetition: lengths are runtime values, so V = 32000 and V = 151936 share nearly all."""
     of_rows = (launches(columns, dtype) for columns in COLUMNS for dtype in DTYPES)
     of_rollouts = (advantages(torch.float32), advantages(torch.float64), itertools.islice(advantages(torch.bfloat16, ids=torch.int32), 1))
-    entries = [specialisation(launch) for launch in itertools.chain(*of_rows, *of_rollouts)]
+    entries = [specialisation(launch) for launch in itertools.chain(*of_rows, *of_rollouts, losses())]
     return list({json.dumps(entry): entry for entry in entries}.values())
 
 
@@ -163,7 +181,7 @@ def binaries(tmp_path_factory):
 def test_nothing_spills(binaries, architecture):
     mine = [b for b in binaries if b["architecture"] == architecture]
     assert {b["kernel"] for b in mine} >= {"statistics_kernel", "segments_kernel", "merge_kernel", "gradient_kernel", "policy_kernel"}
-    assert "advantages_kernel" in {b["kernel"] for b in mine}
+    assert {b["kernel"] for b in mine} >= {"lengths_kernel", "loss_rows_kernel", "objective_kernel", "metrics_kernel", "advantages_kernel"}
     assert [b for b in mine if b["stack"] or b["local"] or b["local_accesses"]] == []
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from urlvr_fast import linear_token_stats, policy_loss_from_logits, token_stats
+from urlvr_fast import linear_policy_loss, linear_token_stats, policy_loss, policy_loss_from_logits, token_stats
 from urlvr_fast.ops import row_ops  # noqa: F401  (registers the ops)
-from urlvr_fast.ops.layout import LOSS_LINES
+from urlvr_fast.ops.layout import HAS_OLD, HAS_REF, HAS_ROLLOUT, LOSS_LINES
+from urlvr_fast.ops.reference import LOSS_TYPES
 from urlvr_fast.ops.spec import RowSpec
 
 ops = torch.ops.urlvr_fast
@@ -61,6 +62,21 @@ def test_opcheck_policy_gradient(spec, backend, op, scaled):
     torch.library.opcheck(getattr(ops, op).default, (*arguments(backend, spec, grad=False), *loss))
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("given", [False, True])
+def test_opcheck_loss_rows_and_objective(backend, given):
+    def vector():
+        return -torch.rand(N, dtype=DTYPE) if given else None
+
+    mask, cu_seqlens = (torch.tensor([True, False, True]), torch.tensor([0, 2, 3])) if given else (None, None)
+    denominator = torch.tensor(2.0, dtype=DTYPE) if given else None
+    call = (torch.randn(N, dtype=DTYPE), mask, cu_seqlens, vector(), vector(), vector(), denominator, N, 1.0, 2, backend)
+    torch.library.opcheck(ops.loss_rows.default, call)
+    values = (-torch.rand(N, dtype=DTYPE), vector(), vector())
+    present = HAS_OLD | HAS_REF | HAS_ROLLOUT if given else 0
+    torch.library.opcheck(ops.policy_objective.default, (*values, *ops.loss_rows(*call), present, 1, 3 * given, 0, NUMBERS, given, backend))
+
+
 @pytest.mark.parametrize("backend", [*FUSED, "torch"])
 @pytest.mark.parametrize("row_scale", [None, torch.tensor([1.0, 0.5, 4.0])])
 def test_opcheck_scale_rows(backend, row_scale):
@@ -95,6 +111,26 @@ def test_compiled_without_a_graph_break(name, dtype, engine):
     leaf = values.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(torch.compile(lambda x: total(function(x)), fullgraph=True, backend=engine)(leaf), leaf)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("backend", [*FUSED, "torch"])
+@pytest.mark.parametrize("kind", LOSS_TYPES)
+def test_every_loss_compiles_without_a_graph_break(kind, backend):
+    """Those that join rows too, in all three ops."""
+    loss = {"advantages": ADVANTAGES, "cu_seqlens": torch.tensor([0, 2, 3]), "loss_type": kind, "max_length": 2, "backend": backend}
+    loss |= {"old_logp": torch.tensor([-1.0, -2.0, -1.5]), "entropy_coef": 0.1}
+    calls = {
+        "policy_loss": lambda x: policy_loss(x[:, 0], entropy=x[:, 1], **loss),
+        "policy_loss_from_logits": lambda x: policy_loss_from_logits(x * 1, IDS, **loss),
+        "linear_policy_loss": lambda x: linear_policy_loss(x, WEIGHTS[torch.float32], IDS, **loss),
+    }
+    for function in calls.values():
+        leaf = torch.randn(N, V).requires_grad_()
+        torch.compiler.reset()
+        value, metrics = function(leaf)
+        got, its_metrics = torch.compile(function, fullgraph=True, backend="aot_eager")(leaf)
+        torch.testing.assert_close((got, its_metrics), (value, metrics))
+        torch.testing.assert_close(torch.autograd.grad(got, leaf), torch.autograd.grad(value, leaf))
 
 
 def test_lengths_do_not_compile_anew():

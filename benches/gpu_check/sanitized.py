@@ -47,18 +47,21 @@ from torch import Tensor
 from urlvr_fast.ops import reference
 from urlvr_fast.ops.backend import available_backends, kernels
 from urlvr_fast.ops.layout import (
-    CORRECTIONS,
     ENTROPY_ON_KEEP,
     GRADS,
     HAS_OLD,
-    KL_KINDS,
-    LOSS_KINDS,
+    HAS_REF,
+    HAS_ROLLOUT,
     LOSS_LINES,
+    METRICS,
     RAW,
     STATS,
     LossLine,
+    Metric,
     Stat,
+    Weighing,
 )
+from urlvr_fast.ops.packed_loss import kernel_kinds
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS: dict[str, dict[str, str]] = {"memcheck": {"--padding": "256"}, "racecheck": {}, "initcheck": {}, "synccheck": {}}
@@ -144,10 +147,37 @@ def inputs_of(case: Case) -> dict[str, Any]:
         given["scale"] = -0.8
     lines = torch.randn(LOSS_LINES, n, generator=g) * 0.5
     lines[LossLine.WEIGHT : LossLine.REGULARISER + 1] = torch.rand(2, n, generator=g)
-    lines[LossLine.OLD : LossLine.REF + 1] -= math.log(v) + 1  # about what the log-probs are, so that ratios are ratios
+    lines[LossLine.OLD : LossLine.ROLLOUT + 1] -= math.log(v) + 1  # about what the log-probs are, so that ratios are ratios
     given |= {"loss": lines, "options": LOSSES[v % len(LOSSES)], "upstream": torch.randn(GRADS, n, generator=g), "half": torch.tensor(0.5)}
     given["factor"] = torch.tensor(1.25)
     given["out"] = placed((a, b, v), case.dtype, True) if case.full else None  # where there is none, the gradient takes the logits' place
+    return given | loss_inputs_of(case, given["options"], g)
+
+
+SEQUENCES = (0, 5, 0, 401, 190, 1, 0)  # their lengths: several blocks of rows; one sequence that is longer than a block
+DIFFERENTIATED = [Stat.LOGP, Stat.ENTROPY, Stat.SELF_CERTAINTY]
+
+
+def loss_inputs_of(case: Case, options: reference.LossOptions, g: torch.Generator) -> dict[str, Any]:
+    """The rows of a policy loss, which have nothing to do with the logits: in full cases of sequences, with all that there may be;
+    otherwise with what the loss cannot do without."""
+    m = sum(SEQUENCES) if case.full else 3
+    numbers = torch.rand(5, m, generator=g).unbind()
+    given: dict[str, Any] = dict.fromkeys(("loss_mask", "cu_seqlens", "old_logp", "denominator"))
+    given |= {"logp": -3 * numbers[0], "rollout_logp": -3 * numbers[1], "ref_logp": -3 * numbers[2]}
+    given |= {"entropy": 5 * numbers[3], "self_certainty": numbers[3] + 1}
+    given |= {"advantages": torch.randn(len(SEQUENCES) if case.full and case.general else m, generator=g)}
+    mean = Weighing.SEQUENCE_MEAN if options.loss_type in reference.SEQUENCE_MEAN else Weighing(0)
+    given["weighing"] = mean | Weighing.REGULARISED | (Weighing.PER_SEQUENCE if len(given["advantages"]) != m else Weighing(0))
+    if case.full or mean:
+        given["cu_seqlens"] = torch.tensor((0, *itertools.accumulate(SEQUENCES)) if case.full else (0, m))
+    if case.full:
+        given["loss_mask"] = (torch.rand(m + 3, generator=g) < 0.7)[3:]
+        given["old_logp"] = -3 * numbers[4]
+    if case.full and not case.general:
+        given["denominator"] = torch.tensor(123.0)
+    else:
+        given["weighing"] |= Weighing.COUNTED | (Weighing.BY_SEQUENCES if mean else Weighing(0))
     return given
 
 
@@ -166,11 +196,8 @@ def call_all(package: Any, on: dict[str, Any], new: Callable[..., Tensor]) -> di
     wanted = 1 << Stat.LOGP | 1 << Stat.ENTROPY | 1 << Stat.SELF_CERTAINTY
     row_scale = new(n) if logits.dtype == torch.float16 else None
     out["policy"] = logits if on["out"] is None else on["out"]
-    of = on["options"]
-    kinds = (LOSS_KINDS[of.loss_type], KL_KINDS[of.kl], CORRECTIONS[of.rollout_correction])
-    numbers = [1 - of.eps_low, 1 + of.eps_high, math.inf, of.beta, of.entropy_coef, of.self_certainty_coef]
-    numbers += [of.ratio_cap, of.tau_pos, of.tau_neg, of.rollout_cap, of.rollout_floor]
-    package.policy(*rows, wanted, on["loss"], HAS_OLD, *kinds, numbers, out["policy_stats"], out["policy"], row_scale)
+    kinds = kernel_kinds(on["options"], HAS_OLD | HAS_REF | HAS_ROLLOUT)
+    package.policy(*rows, wanted, on["loss"], *kinds, out["policy_stats"], out["policy"], row_scale)
     package.scale(out["policy"], on["half"], row_scale)
     package.scale(out["policy"], on["factor"], None)
     if row_scale is not None:
@@ -178,6 +205,21 @@ def call_all(package: Any, on: dict[str, Any], new: Callable[..., Tensor]) -> di
     if on["out"] is not None:
         package.gradient(*rows, flags, out["stats"], on["upstream"], (1 << GRADS) - 1, logits, None)
         out["gradient_in_place"] = logits
+    return out | call_loss(package, on, new)
+
+
+def call_loss(package: Any, on: dict[str, Any], new: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Those of the functions that take no logits."""
+    m, optional = len(on["logp"]), {HAS_OLD: on["old_logp"], HAS_REF: on["ref_logp"], HAS_ROLLOUT: on["rollout_logp"]}
+    present = sum(bit for bit, value in optional.items() if value is not None)
+    packed = {"lines": new(LOSS_LINES, m), "live": new(m, dtype=torch.bool), "counts": new(2)}
+    of_rows = (on["advantages"], on["loss_mask"], on["cu_seqlens"], *optional.values(), on["denominator"])
+    package.loss_rows(*of_rows, 1.0, int(on["weighing"]), *packed.values())
+    out = {**packed, "metrics": new(METRICS), "row_gradients": new(GRADS, m)}
+    arguments = (on["logp"], on["entropy"], on["self_certainty"], *packed.values(), *kernel_kinds(on["options"], present))
+    package.objective(*arguments, out["metrics"], out["row_gradients"])
+    out["metrics_alone"] = new(METRICS)
+    package.objective(*arguments, out["metrics_alone"], None)
     return out
 
 
@@ -214,19 +256,49 @@ class Exact(SimpleNamespace):
         super().__init__(options=options, statistics=plain.statistics, gradient=plain.gradient, scale=plain.scale)
 
     def policy(self, *arguments: Any) -> None:
-        *rows, wanted, loss, _, _, _, _, _, stats, out, _ = arguments
+        *rows, wanted, loss, present, _, _, _, _, stats, out, _ = arguments
         self.statistics(*rows, wanted, stats)
-        lines = [Stat.LOGP, Stat.ENTROPY, Stat.SELF_CERTAINTY]
-        leaves = [stats[line].clone().requires_grad_() for line in lines]
         counts = torch.ones(loss.shape[1], dtype=torch.bool) if rows[3] is None else rows[3]
-        line = LossLine
-        rollout = {"rollout_logp": loss[line.OLD] - loss[line.ROLLOUT], "log_rollout_weight": loss[line.ROLLOUT]}
-        of = reference.LossRows(
-            loss[line.ADVANTAGE], counts, counts, loss[line.WEIGHT], loss[line.REGULARISER], loss[line.OLD], loss[line.REF], **rollout
-        )
         upstream = torch.zeros(GRADS, loss.shape[1], dtype=torch.float64)
-        upstream[lines] = torch.stack(torch.autograd.grad(reference.policy_objective(*leaves, of, self.options)[0], leaves))
+        self._differentiate([stats[line] for line in DIFFERENTIATED], loss, counts, present, upstream)
         self.gradient(*rows, wanted, stats, upstream, wanted, out, None)
+
+    def _differentiate(self, statistics: Sequence[Tensor], loss: Tensor, live: Tensor, present: int, upstream: Tensor) -> dict[str, Tensor]:
+        """The loss and its metrics; its gradients by the statistics are written to `upstream`."""
+        leaves = [value.clone().requires_grad_() for value in statistics]
+        advantages, weight, regulariser, old, ref, rollout = loss
+        of = reference.LossRows(advantages, live, live, weight, regulariser, rollout_logp=rollout)
+        if present & HAS_OLD:
+            of.old_logp, of.log_rollout_weight = old, old - rollout
+        if present & HAS_REF:
+            of.ref_logp = ref
+        value, metrics = reference.policy_objective(*leaves, of, self.options)
+        upstream[DIFFERENTIATED] = torch.stack(torch.autograd.grad(value, leaves))
+        return {"loss": value.detach(), **metrics}
+
+    def loss_rows(self, *arguments: Any) -> None:
+        advantages, mask, cu_seqlens, old, ref, rollout, denominator, _, _, lines, live, counts = arguments
+        m = len(live)
+        of = reference.loss_rows(
+            self.options,
+            advantages=advantages,
+            mask=torch.ones(m, dtype=torch.bool) if mask is None else mask,
+            dtype=torch.float64,
+            cu_seqlens=torch.tensor([0, m]) if cu_seqlens is None else cu_seqlens,
+            denominator=denominator,
+        )
+        assert of.lengths is not None
+        packed = (of.advantages, of.weight, of.regulariser_weight, old, ref, rollout)
+        lines.copy_(torch.stack([torch.zeros(m, dtype=torch.float64) if line is None else line.expand(m) for line in packed]))
+        live.copy_(of.live)
+        counts.copy_(torch.stack([of.lengths.sum(), (of.lengths > 0).sum()]))
+
+    def objective(self, *arguments: Any) -> None:
+        *statistics, lines, live, counts, present, _, _, _, _, metrics, upstream = arguments
+        upstream = torch.empty(GRADS, len(live), dtype=torch.float64) if upstream is None else upstream
+        upstream.zero_()
+        found = self._differentiate(statistics, lines, live, present, upstream) | {"tokens": counts[0], "sequences": counts[1]}
+        metrics.copy_(torch.stack([found.get(metric.name.lower(), torch.zeros(())).double() for metric in Metric]))
 
 
 def exact(case: Case) -> dict[str, Tensor]:
@@ -237,7 +309,7 @@ def exact(case: Case) -> dict[str, Tensor]:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.full(shape, math.nan, dtype=torch.float64)
+        return torch.full(shape, math.nan, dtype=torch.float64 if dtype.is_floating_point else dtype)
 
     return call_all(Exact(given["options"]), {name: wide(value) for name, value in given.items()}, new)
 
@@ -249,7 +321,8 @@ def _largest_x(given: dict[str, Any]) -> Tensor:
 
 
 def differences(case: Case, got: dict[str, Tensor]) -> list[str]:
-    """What is further off than the design allows: statistics 2e-6 + 2 ulp, gradients 1e-5 in norm and 5e-3 in 16 bits. Consumes `got`."""
+    """What is further off than the design allows: statistics 2e-6 + 2 ulp, gradients 1e-5 in norm and 5e-3 in 16 bits, what is
+    one number a row or a call about 1e-5. Consumes `got`."""
     given, want, found = inputs_of(case), exact(case), []
     live = torch.ones(len(given["ids"]), dtype=torch.bool) if given["mask"] is None else given["mask"]
     asked = {"stats": list(range(Stat.ARGMAX + 1)), "policy_stats": [Stat.LOGP, Stat.LSE, Stat.ENTROPY, Stat.SELF_CERTAINTY]}
@@ -277,6 +350,13 @@ def differences(case: Case, got: dict[str, Tensor]) -> list[str]:
             view.fill_(GARBAGE)
             if not (memory == GARBAGE).all():
                 found.append(f"{name}: what lies between the rows was written to")
+    allowed_of = {"lines": (1e-6, 0.0), "live": (0.0, 0.0), "counts": (0.0, 0.0), "row_gradients": (2e-5, 1e-7)}
+    allowed_of |= dict.fromkeys(("metrics", "metrics_alone"), (1e-5, 1e-5))
+    for name, (relative, absolute) in allowed_of.items():
+        ours, theirs = got[name].double(), want[name].double()
+        wrong = ~((ours - theirs).abs() <= relative * theirs.abs() + absolute)
+        if wrong.any():
+            found.append(f"{name}: {sorted(set(wrong.nonzero()[:, 0].tolist()))}, up to {(ours - theirs).abs()[wrong].max():.2g} off")
     if "row_scale" in got and not (got["row_scale"].log2() == got["row_scale"].log2().round()).all():
         found.append("row_scale: not a power of two")
     return found

@@ -1,15 +1,9 @@
 // A policy loss with one term a token, its gradient by the logits made while the row is in the cache: one read and one write of memory.
 #include "ops.h"
+#include "policy_loss.h"
 #include "rows.h"
 
 namespace urlvr::cpu {
-
-template <class R>
-struct Loss {
-  const R* lines;  // (LOSS_LINES, N)
-  int64_t present, kind, kl, correction;
-  LossNumbers<double> numbers;
-};
 
 // Upstream gradients of row n from its statistics; returns the power of two that they were divided by (1 unless `scaled`).
 template <class T, class R>
@@ -17,10 +11,10 @@ static double loss_gradients(const Rows<T, R>& rows, const Loss<R>& loss, int64_
   double line[LOSS_LINES];
   for (int i = 0; i < LOSS_LINES; ++i) line[i] = double(loss.lines[i * rows.count + n]);
   for (int i = 0; i < GRADS; ++i) g[i] = 0;
-  g[LOGP] = logp_gradient<double>(double(stats[LOGP * rows.count + n]), line, loss.numbers, int(loss.kind), int(loss.kl), int(loss.correction),
-                                  loss.present & HAS_OLD);
-  g[ENTROPY] = -loss.numbers.entropy_coef * line[LINE_REGULARISER];
-  g[SELF_CERTAINTY] = -loss.numbers.self_certainty_coef * line[LINE_REGULARISER];
+  g[LOGP] = loss_terms<double>(double(stats[LOGP * rows.count + n]), line, loss.numbers, loss.kind, loss.kl, loss.correction,
+                               loss.present).gradient;
+  g[ENTROPY] = regulariser_gradient(loss.numbers.entropy_coef, line[LINE_REGULARISER]);
+  g[SELF_CERTAINTY] = regulariser_gradient(loss.numbers.self_certainty_coef, line[LINE_REGULARISER]);
   if (!scaled) return 1;
   const double size = std::fabs(g[LOGP]) + std::fabs(g[ENTROPY]) + std::fabs(g[SELF_CERTAINTY]);
   const double power = power_of_two_below(size * std::fabs(rows.scale));
@@ -63,13 +57,10 @@ static void policy_of(const Rows<T, R>& rows, const Loss<R>& loss, R* stats, con
 
 void policy(ROW_ARGUMENTS, Tensor loss, int64_t present, int64_t kind, int64_t kl, int64_t correction, std::vector<double> numbers, Tensor stats,
             Tensor out, MaybeTensor row_scale) {
-  STD_TORCH_CHECK(numbers.size() == LOSS_NUMBERS, "urlvr_fast: a policy loss has ", LOSS_NUMBERS, " numbers, not ", numbers.size());
-  LossNumbers<double> parsed;
-  std::memcpy(&parsed, numbers.data(), sizeof(parsed));
   with_rows([&](const auto& rows) {
     using T = typename std::decay_t<decltype(rows)>::T;
     using R = typename std::decay_t<decltype(rows)>::R;
-    const Loss<R> of{static_cast<const R*>(loss.data_ptr()), present, kind, kl, correction, parsed};
+    const Loss<R> of{static_cast<const R*>(loss.data_ptr()), present, int(kind), int(kl), int(correction), loss_numbers(numbers)};
     policy_of(rows, of, static_cast<R*>(stats.data_ptr()), View<T>(out), row_scale ? static_cast<R*>(row_scale->data_ptr()) : nullptr);
   }, ROWS);
 }

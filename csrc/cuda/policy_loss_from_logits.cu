@@ -7,17 +7,6 @@ namespace urlvr::cuda {
 
 TOKEN_STATS_LAUNCHES(extern template)  // the ones of token_stats.cu, not compiled again
 
-static LossNumbers<float> numbers_of(const char* op, const std::vector<double>& numbers) {
-  STD_TORCH_CHECK(numbers.size() == LOSS_NUMBERS, "urlvr_fast ", op, ": a policy loss has ", LOSS_NUMBERS, " numbers, not ",
-                  numbers.size());
-  float as_float[LOSS_NUMBERS];
-  for (int i = 0; i < LOSS_NUMBERS; ++i) as_float[i] = float(numbers[i]);
-  static_assert(sizeof(LossNumbers<float>) == sizeof(as_float), "the numbers of a loss are floats in the order of their declaration");
-  LossNumbers<float> out;
-  std::memcpy(&out, as_float, sizeof(out));
-  return out;
-}
-
 void policy(ROW_ARGUMENTS, Tensor loss, int64_t present, int64_t loss_kind, int64_t kl_kind, int64_t correction,
             std::vector<double> numbers, Tensor stats, Tensor out, MaybeTensor row_scale) {
   constexpr const char* OP = "cuda_policy";

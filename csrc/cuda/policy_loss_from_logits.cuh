@@ -5,34 +5,19 @@
 // token_stats one after the other.
 #pragma once
 
+#include "policy_loss.cuh"
 #include "token_stats.cuh"
 
 namespace urlvr::cuda {
 
-struct Loss {
-  const float* lines;  // (LOSS_LINES, N)
-  int64_t present;
-  int kind, kl, correction;
-  LossNumbers<float> numbers;
-  float* row_scale;  // (N,) or null
-};
-
 // `reports`: this thread writes the row's scale.
 DEVICE_FN Upstream loss_gradients(const Loss& loss, int n, int64_t rows, float logp, float scale, bool reports) {
   float line[LOSS_LINES];
-#pragma unroll
-  for (int i = 0; i < LOSS_LINES; ++i) line[i] = 0;
-  line[LINE_ADVANTAGE] = loss.lines[LINE_ADVANTAGE * rows + n];
-  line[LINE_WEIGHT] = loss.lines[LINE_WEIGHT * rows + n];
-  line[LINE_REGULARISER] = loss.lines[LINE_REGULARISER * rows + n];
-  const bool has_old = loss.present & HAS_OLD;
-  if (has_old) line[LINE_OLD] = loss.lines[LINE_OLD * rows + n];
-  if (loss.kl != NO_KL) line[LINE_REF] = loss.lines[LINE_REF * rows + n];
-  if (loss.correction != NO_CORRECTION) line[LINE_ROLLOUT] = loss.lines[LINE_ROLLOUT * rows + n];
+  load_lines(loss, n, rows, line);
   Upstream up = {};
-  up.g[LOGP] = logp_gradient<float>(logp, line, loss.numbers, loss.kind, loss.kl, loss.correction, has_old);
-  up.g[ENTROPY] = mul(-loss.numbers.entropy_coef, line[LINE_REGULARISER]);
-  up.g[SELF_CERTAINTY] = mul(-loss.numbers.self_certainty_coef, line[LINE_REGULARISER]);
+  up.g[LOGP] = terms_of(loss, logp, line).gradient;
+  up.g[ENTROPY] = regulariser_gradient(loss.numbers.entropy_coef, line[LINE_REGULARISER]);
+  up.g[SELF_CERTAINTY] = regulariser_gradient(loss.numbers.self_certainty_coef, line[LINE_REGULARISER]);
   if (loss.row_scale) {
     const float size = mul(add(add(fabsf(up.g[LOGP]), fabsf(up.g[ENTROPY])), fabsf(up.g[SELF_CERTAINTY])), fabsf(scale));
     const float power = power_of_two_below(size);

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "ops.h"
 #include "rows.cuh"
@@ -21,7 +22,7 @@ using torch::headeronly::ScalarType;
 
 inline void check_dense(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& logits) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == logits.get_device_index(), "urlvr_fast ", op, ": ", name,
-                  " is not on the device of the logits");
+                  " is not on the device of the others");
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), "urlvr_fast ", op, ": ", name,
                   " has the wrong dtype or is not contiguous");
 }
@@ -33,17 +34,19 @@ inline void check_like_logits(const char* op, const char* name, const Tensor& t,
                   "urlvr_fast ", op, ": ", name, " is not like the logits");
 }
 
+// The elements of a dense tensor, which must be `number` where that is not −1. `logits`: any tensor of the device.
 template <class P>
-const P* pointer(const char* op, const char* name, const MaybeTensor& t, ScalarType dtype, const Tensor& logits, int64_t elements = -1) {
-  if (!t) return nullptr;
-  check_dense(op, name, *t, dtype, logits);
-  STD_TORCH_CHECK(elements < 0 || t->numel() == elements, "urlvr_fast ", op, ": ", name, " has ", t->numel(), " elements, not ", elements);
-  return static_cast<const P*>(t->data_ptr());
+P* elements(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& logits, int64_t number) {
+  check_dense(op, name, t, dtype, logits);
+  STD_TORCH_CHECK(number < 0 || t.numel() == number, "urlvr_fast ", op, ": ", name, " has ", t.numel(), " elements, not ", number);
+  return static_cast<P*>(t.data_ptr());
+}
+template <class P>
+const P* pointer(const char* op, const char* name, const MaybeTensor& t, ScalarType dtype, const Tensor& logits, int64_t number = -1) {
+  return t ? elements<P>(op, name, *t, dtype, logits, number) : nullptr;
 }
 inline float* lines(const char* op, const char* name, const Tensor& t, int64_t number, const Tensor& logits) {
-  check_dense(op, name, t, ScalarType::Float, logits);
-  STD_TORCH_CHECK(t.numel() == number * logits.size(0) * logits.size(1), "urlvr_fast ", op, ": ", name, " must be (", number, ", N)");
-  return static_cast<float*>(t.data_ptr());
+  return elements<float>(op, name, t, ScalarType::Float, logits, number * logits.size(0) * logits.size(1));
 }
 
 inline Rows rows_of(const char* op, ROW_ARGUMENTS) {
@@ -88,6 +91,17 @@ inline Stream stream_of(int32_t index) {
 // From torch's allocator, which gives the memory to nobody else before the stream is done with it.
 inline Tensor scratch_of(const Tensor& like, size_t bytes) {
   return torch::stable::new_empty(like, {int64_t((bytes + 3) / 4)}, ScalarType::Float);
+}
+
+inline LossNumbers<float> numbers_of(const char* op, const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == LOSS_NUMBERS, "urlvr_fast ", op, ": a policy loss has ", LOSS_NUMBERS, " numbers, not ",
+                  numbers.size());
+  float as_float[LOSS_NUMBERS];
+  for (int i = 0; i < LOSS_NUMBERS; ++i) as_float[i] = float(numbers[i]);
+  static_assert(sizeof(LossNumbers<float>) == sizeof(as_float), "the numbers of a loss are floats in the order of their declaration");
+  LossNumbers<float> out;
+  std::memcpy(&out, as_float, sizeof(out));
+  return out;
 }
 
 // f(T, GENERAL) for the logits' dtype and the way they are read.

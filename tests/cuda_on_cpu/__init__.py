@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from urlvr_fast.ops.layout import STATS
+from urlvr_fast.ops.layout import STATS, Weighing
 
 NAN = math.nan
 EVERYTHING = (1 << 9) - 1
@@ -38,6 +38,21 @@ def pointer(t):
     return None if t is None else t.data_ptr()
 
 
+def plain(value):
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    if isinstance(value, list):
+        return (ctypes.c_double * len(value))(*value)
+    if isinstance(value, torch.Tensor):
+        assert value.is_contiguous()
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_void_p(pointer(value))
+
+
+def raise_on(error):
+    if error:
+        raise RuntimeError(error.decode())
+
+
 def rows_of(logits, **options):
     rows = dict.fromkeys(Arguments.POINTERS)
     rows.update(logits=logits, temperature=1.0, softcap=0.0, scale=1.0, id_offset=0, total=logits.shape[-1])
@@ -50,7 +65,7 @@ class Kernels:
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
-        for name in ("statistics", "gradient", "policy", "scale"):
+        for name in ("statistics", "gradient", "loss_rows", "policy", "objective", "scale"):
             getattr(self.library, f"cuda_{name}").restype = ctypes.c_char_p
         self.settings = machine()
 
@@ -62,9 +77,11 @@ class Kernels:
         for k in ("temperature", "softcap", "scale", "id_offset", "total"):
             setattr(packed, k, rows[k])
         packed.flags, packed.dtype = flags, DTYPES[logits.dtype]
-        error = getattr(self.library, f"cuda_{name}")(ctypes.byref(packed), ctypes.byref(self.settings), *arguments)
-        if error:
-            raise RuntimeError(error.decode())
+        raise_on(getattr(self.library, f"cuda_{name}")(ctypes.byref(packed), ctypes.byref(self.settings), *arguments))
+
+    def call_plain(self, name, *arguments):
+        """A function that takes no logits: tensors as pointers, numbers as 64 bits."""
+        raise_on(getattr(self.library, f"cuda_{name}")(ctypes.byref(self.settings), *(plain(value) for value in arguments)))
 
     def statistics(self, rows, flags=EVERYTHING):
         out = torch.full((STATS, rows["logits"].shape[:2].numel()), NAN)
@@ -87,6 +104,15 @@ class Kernels:
         tensors = (ctypes.c_void_p(stats.data_ptr()), ctypes.c_void_p(out.data_ptr()), *strides, ctypes.c_void_p(pointer(row_scale)))
         self.call("policy", rows, flags, ctypes.c_void_p(loss.data_ptr()), *integers, values, *tensors, ctypes.byref(way))
         return stats, way.value
+
+    def loss_rows(self, advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, number, weighing, *out):
+        sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
+        assert len(advantages) == (sequences if weighing & Weighing.PER_SEQUENCE else len(out[1]))
+        given = (advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, float(number), int(weighing))
+        self.call_plain("loss_rows", len(out[1]), sequences, *given, *out)
+
+    def objective(self, logp, *arguments):
+        self.call_plain("objective", len(logp), logp, *arguments)
 
     def scale(self, gradient, factor, row_scale=None):
         by = torch.tensor([factor])

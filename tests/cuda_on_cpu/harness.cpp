@@ -61,6 +61,14 @@ static void with_kind(const Arguments& arguments, const Rows& rows, const Functi
 // Scratch that begins as NaN, as new memory of the device may.
 static std::vector<float> scratch_of(size_t bytes) { return std::vector<float>(bytes / 4 + 1, nan_<float>()); }
 
+static LossNumbers<float> numbers_of(const double* numbers) {
+  float as_float[LOSS_NUMBERS];
+  for (int i = 0; i < LOSS_NUMBERS; ++i) as_float[i] = float(numbers[i]);
+  LossNumbers<float> out;
+  std::memcpy(&out, as_float, sizeof(out));
+  return out;
+}
+
 static thread_local std::string message;
 template <class Function>
 static const char* guarded(const Function& f) {
@@ -107,10 +115,7 @@ extern "C" const char* cuda_policy(const Arguments* arguments, const Settings* s
   return guarded([&] {
     const Rows rows = rows_of(*arguments);
     const Device device = device_of(*settings);
-    float as_float[LOSS_NUMBERS];
-    for (int i = 0; i < LOSS_NUMBERS; ++i) as_float[i] = float(numbers[i]);
-    Loss of = {loss, present, int(kind), int(kl), int(correction), {}, row_scale};
-    std::memcpy(&of.numbers, as_float, sizeof(as_float));
+    const Loss of = {loss, present, int(kind), int(kl), int(correction), numbers_of(numbers), row_scale};
     with_kind(*arguments, rows, [&](auto type, auto general) {
       using T = decltype(type);
       constexpr bool GENERAL = decltype(general)::value;
@@ -120,6 +125,35 @@ extern "C" const char* cuda_policy(const Arguments* arguments, const Settings* s
       const Out to = {out, rows.inner, outer_stride, inner_stride};
       launch_policy<T, GENERAL>("policy", rows, of, plan, device, scratch.data(), stats, to, nullptr);
     });
+  });
+}
+
+extern "C" const char* cuda_loss_rows(const Settings* settings, int64_t count, int64_t sequences, const float* advantages, const bool* mask,
+                                      const int64_t* cu_seqlens, const float* old_logp, const float* ref_logp, const float* rollout_logp,
+                                      const float* denominator, double number, int64_t weighing, float* lines, bool* live,
+                                      float* counts) {
+  return guarded([&] {
+    device_of(*settings);
+    RowsOfLoss rows = {};
+    rows.count = int(count), rows.sequences = int(sequences);
+    rows.mask = mask, rows.cu_seqlens = cu_seqlens, rows.advantages = advantages;
+    rows.old_logp = old_logp, rows.ref_logp = ref_logp, rows.rollout_logp = rollout_logp;
+    rows.denominator = denominator, rows.number = float(number), rows.weighing = weighing;
+    std::vector<float> lengths = scratch_of(rows.parts() * sizeof(int));
+    launch_loss_rows("loss_rows", rows, reinterpret_cast<int*>(lengths.data()), lines, live, counts, nullptr);
+  });
+}
+
+extern "C" const char* cuda_objective(const Settings* settings, int64_t count, const float* logp, const float* entropy,
+                                      const float* self_certainty, const float* lines, const bool* live, const float* counts,
+                                      int64_t present, int64_t kind, int64_t kl, int64_t correction, const double* numbers, float* metrics,
+                                      float* upstream) {
+  return guarded([&] {
+    device_of(*settings);
+    const Loss loss = {lines, present, int(kind), int(kl), int(correction), numbers_of(numbers), nullptr};
+    const RowValues rows = {int(count), logp, entropy, self_certainty, live};
+    std::vector<float> partial = scratch_of(LOSS_SUMS * loss_blocks(count) * sizeof(float));
+    launch_objective("objective", loss, rows, counts, partial.data(), metrics, upstream, nullptr);
   });
 }
 

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -176,7 +177,12 @@ def _add_kernels(device: ctypes.CDLL) -> None:
     loss = "Tensor loss, int present, int loss_kind, int kl_kind, int correction, float[] numbers"
     library.define(f"cuda_policy({rows}, {loss}, Tensor(a!) stats, Tensor(b!) out, Tensor(c!)? row_scale) -> ()")
     library.define("cuda_scale(Tensor(a!) gradient, Tensor factor, Tensor? row_scale) -> ()")
-    for function in (statistics, gradient, policy, scale):
+    schemas = (HERE.parents[1] / "csrc" / "schema.h").read_text()
+    for name in ("loss_rows", "objective"):
+        macro = schemas.partition(f"#define {name.upper()}_SCHEMA")[2].partition("#define")[0]
+        arguments = "".join(re.findall(r'"([^"]*)"', macro))
+        library.define(f"cuda_{name}({arguments}) -> ()")
+    for function in (statistics, gradient, kernels.loss_rows, policy, kernels.objective, scale):
         library.impl(f"cuda_{function.__name__}", unnoticed(function), "CUDA")
     _kept.append(library)
     Launch.run = unnoticed(Launch.run)

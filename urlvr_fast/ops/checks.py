@@ -208,6 +208,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, device: torch.device) -> Non
         raise TypeError(
             f"cu_seqlens must be a 1-D int32 or int64 tensor of B + 1 offsets, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
+    if len(cu_seqlens) == 1 and rows:
+        raise ValueError(f"cu_seqlens has no sequence, but there are {rows} rows")
     if cu_seqlens.device not in (device, torch.device("cpu")):
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the rest on {device}")
     if readable(cu_seqlens) and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows or bool((cu_seqlens.diff() < 0).any())):

@@ -1,6 +1,6 @@
 """The packed numbers that kernels exchange with the ops: `csrc/rows.h` repeats these enums and says what they mean.
 
-A kernel package (C++, CUDA, Triton, PyTorch) is four functions over rows, all writing into tensors that they are given:
+A kernel package (C++, CUDA, Triton, PyTorch) is functions over rows, all writing into tensors that they are given:
 
     statistics(*rows, flags, out)                                     out (STATS, N)
     gradient(*rows, flags, stats, upstream, given, out, bias_grad)    out (A, B, V), may be the logits' memory; bias_grad (V,) is added to
@@ -9,12 +9,19 @@ A kernel package (C++, CUDA, Triton, PyTorch) is four functions over rows, all w
 
 with rows = (logits (A, B, V), bias (V,), ids (N,), mask (N,), temperatures (N,), crow (N + 1,), col (nnz,), temperature, softcap, scale,
 id_offset, total). N = A · B; the last stride of logits is 1, the others are free. Absent tensors are None; softcap 0.0 means none.
-C++ for the CPU and Triton have one more, over rollouts, all contiguous: advantages(rewards, group_ids, mask, scale, baseline, eps, out).
+
+All but PyTorch have two more, for losses with one term a token, before and after `policy`; everything is contiguous:
+
+    loss_rows(advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, number, weighing, lines, live, counts)
+    objective(logp, entropy, self_certainty, lines, live, counts, present, kind, kl, correction, numbers, metrics, upstream)
+
+with lines (LOSS_LINES, N), live (N,) bool, counts (2,): the tokens and the sequences that count, metrics (METRICS,), upstream (GRADS, N).
+C++ for the CPU and Triton have one over rollouts, contiguous too: advantages(rewards, group_ids, mask, scale, baseline, eps, out).
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 
 class Stat(IntEnum):
@@ -50,11 +57,43 @@ class LossLine(IntEnum):
     REGULARISER = 2
     OLD = 3
     REF = 4
-    ROLLOUT = 5  # log-prob of the sampler; with HAS_OLD the log of the correction
+    ROLLOUT = 5  # log-prob of the sampler; with LOG_WEIGHT the log of the correction
 
 
 LOSS_LINES = len(LossLine)
-HAS_OLD = 1
+HAS_OLD, HAS_REF, HAS_ROLLOUT, LOG_WEIGHT = 1, 2, 4, 8  # bits of `present`
 LOSS_KINDS = {"reinforce": 0, "grpo": 1, "dapo": 1, "bnpo": 1, "dr_grpo": 1, "cispo": 2, "sapo": 3}
 KL_KINDS = {None: 0, "k1": 1, "k2": 2, "k3": 3}
 CORRECTIONS = {None: 0, "truncate": 1, "mask": 2}
+
+
+class Weighing(IntFlag):
+    """How `loss_rows` weighs rows. The divisor is `denominator` or `number`, or as many times the tokens (the sequences) that count."""
+
+    PER_SEQUENCE = 1  # an advantage a sequence, not a token
+    COUNTED = 2
+    BY_SEQUENCES = 4
+    SEQUENCE_MEAN = 8  # divided by the tokens of the row's sequence as well
+    REGULARISED = 16  # a row with advantage 0 is not dead
+
+
+class Metric(IntEnum):
+    """What `objective` returns, under the names that users see; the first is the loss."""
+
+    LOSS = 0
+    POLICY_LOSS = 1
+    TOKENS = 2
+    LIVE_TOKENS = 3
+    SEQUENCES = 4
+    RATIO_MEAN = 5
+    CLIP_FRAC_LOW = 6
+    CLIP_FRAC_HIGH = 7
+    ROLLOUT_WEIGHT_MEAN = 8
+    KL = 9
+    ENTROPY = 10
+    SELF_CERTAINTY = 11
+    RATIO_MAX = 12
+    ROLLOUT_GAP_MAX = 13
+
+
+METRICS = len(Metric)

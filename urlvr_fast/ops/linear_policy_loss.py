@@ -15,9 +15,10 @@ from torch import Tensor
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import GradientInForward
+from urlvr_fast.ops.backend import choose_backend
 from urlvr_fast.ops.head import CHUNK_BYTES, HeadRows, parameter_gradient, without_autocast
-from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, in_one_kernel, loss_arguments, prepare_loss, row_gradients, unless_all
-from urlvr_fast.ops.reference import LossRows, TokenStats, accumulation_dtype
+from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, in_one_kernel, loss_arguments, prepare_loss, unless_all
+from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
 from urlvr_fast.ops.row_ops import ops, power_of_two_below, unpack
 from urlvr_fast.ops.spec import STATISTICS, readable
 
@@ -99,8 +100,8 @@ class _Run:
 
     def __init__(self, rows: HeadRows, loss: PreparedLoss, power: Tensor | None, columns: int) -> None:
         self.rows, self.loss, self.columns = rows, loss, columns
-        self.differentiated = loss if power is None else replace(loss, rows=_divided(loss.rows, power))
-        self.values = rows.hidden.new_zeros(len(loss.outputs), len(loss.rows.mask), dtype=rows.head.dtype)  # what the loss is made of
+        self.differentiated = loss if power is None else replace(loss, rows=loss.rows.divided(power))
+        self.values = rows.hidden.new_zeros(len(loss.outputs), len(loss.rows.live), dtype=rows.head.dtype)  # what the loss is made of
 
     def statistics_of(self, which: Tensor | slice) -> TokenStats:
         return TokenStats(**dict(zip(self.loss.outputs, self.values[:, which], strict=True)))
@@ -111,7 +112,7 @@ class _Run:
             line[which] = stats[STATISTICS.index(name)]
 
     def _part(self, chunk: slice) -> PreparedLoss:
-        return replace(self.differentiated, rows=self.differentiated.rows.select(self.rows.of_all(chunk)))
+        return self.differentiated.select(self.rows.of_all(chunk))
 
     @property
     def _one_kernel(self) -> bool:
@@ -131,7 +132,7 @@ class _Run:
             stats = rows.statistics(tile, chunk)
             self._keep(stats, chunk)
             if gradients:
-                upstream = row_gradients(self._part(chunk), unpack(stats, rows.spec.wanted))
+                upstream = self._part(chunk).gradients(unpack(stats, rows.spec.wanted))
                 rows.add_gradients(tile, operand, chunk, stats, upstream)
             return
         spec, out = rows.spec.select(chunk), rows.narrow_tile(tile)
@@ -149,17 +150,11 @@ class _Run:
             self._keep(packed[-1], chunk)
         if not gradients:
             return
-        upstream = row_gradients(self._part(together), self.statistics_of(rows.of_all(together)))
+        upstream = self._part(together).gradients(self.statistics_of(rows.of_all(together)))
         for chunk, stats in zip(chunks, packed, strict=True):
             operand = rows.operand(chunk)
             here = slice(chunk.start - together.start, chunk.stop - together.start)
             rows.add_gradients(rows.logits(operand), operand, chunk, stats, {name: g[here] for name, g in upstream.items()})
-
-
-def _divided(rows: LossRows, power: Tensor) -> LossRows:
-    """The rows of a loss that is smaller by `power`."""
-    sequence = None if rows.sequence_weight is None else rows.sequence_weight / power
-    return replace(rows, weight=rows.weight / power, regulariser_weight=rows.regulariser_weight / power, sequence_weight=sequence)
 
 
 def _power_to_take_out(loss: PreparedLoss, *dtypes: torch.dtype) -> Tensor | None:
@@ -222,7 +217,8 @@ def linear_policy_loss(
     shape, device, dtype = tuple(hidden.shape[:-1]), hidden.device, accumulation_dtype(product_dtype)
     _check_buffer(grad_weight_out, weight, dtype)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    prepared = prepare_loss(shape, device, dtype, advantages, mask, **loss)
+    backend = choose_backend(backend, device, dtype)
+    prepared = prepare_loss(shape, device, dtype, advantages, mask, backend, **loss)
     spec, columns = checks.row_spec(
         prepared.outputs,
         ids,
@@ -243,7 +239,7 @@ def linear_policy_loss(
     if live is not None:
         needed = prepared.rows.live
         live, chosen = _check_live(live, len(flat), device)
-        prepared = replace(prepared, rows=replace(prepared.rows, live=prepared.rows.mask & chosen))
+        prepared = replace(prepared, rows=prepared.rows.with_live(chosen))
         _check_nothing_lost(prepared, needed)
     index = _live_index(prepared, live, advantages, tuple(advantages.shape) == shape)
     spec = replace(spec, mask=unless_all(prepared.rows.live))

@@ -1,17 +1,24 @@
-"""policy_loss: the table of policy-gradient losses on log-probabilities, and the arguments that all three loss ops share."""
+"""policy_loss: the table of policy-gradient losses on log-probabilities, and the arguments that all three loss ops share.
+
+With one term a token it runs in the kernels of `packed_loss.py`; what joins the rows of a sequence, and the torch backend, run
+`reference.py`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from urlvr_fast.ops import checks
+from urlvr_fast.ops.autograd import first_order
 from urlvr_fast.ops.backend import choose_backend
-from urlvr_fast.ops.layout import CORRECTIONS, HAS_OLD, KL_KINDS, LOSS_KINDS
+from urlvr_fast.ops.layout import HAS_OLD, HAS_REF, HAS_ROLLOUT, LOG_WEIGHT, Stat
+from urlvr_fast.ops.packed_loss import PackedRows, kernel_kinds, packs
 from urlvr_fast.ops.reference import (
     SEQUENCE_MEAN,
     SEQUENCE_RATIO,
@@ -22,7 +29,7 @@ from urlvr_fast.ops.reference import (
     loss_rows,
     policy_objective,
 )
-from urlvr_fast.ops.spec import RowSpec, readable
+from urlvr_fast.ops.spec import LINES, RowSpec, readable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,15 +64,15 @@ class LossArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PreparedLoss:
-    """A checked call: the options, the rows, and what they were made from."""
+    """A checked call: the options, and the rows with what they were made from."""
 
     options: LossOptions
-    rows: LossRows
+    rows: LossRows | PackedRows
 
     @property
     def joined(self) -> bool:
         """Whether a row's gradient waits for the log-probs of other rows."""
-        return self.options.joins_rows(self.rows.old_logp is not None)
+        return isinstance(self.rows, LossRows) and self.options.joins_rows(self.rows.old_logp is not None)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -73,8 +80,34 @@ class PreparedLoss:
         return ("logp", "entropy", *(("self_certainty",) if self.options.self_certainty_coef else ()))
 
     def objective(self, values: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its metrics; differentiable where the rows are not packed."""
+        if isinstance(self.rows, PackedRows):
+            return self.rows.evaluate(values, self.options, differentiate=False)[:2]
         assert values.logp is not None
         return policy_objective(values.logp, values.entropy, values.self_certainty, self.rows, self.options)
+
+    def gradients(self, values: TokenStats) -> dict[str, Tensor]:
+        """d loss / d statistic of every row, (N,), wherever the loss depends on the statistic."""
+        o = self.options
+        wanted = ["logp", *(["entropy"] if o.entropy_coef else []), *(["self_certainty"] if o.self_certainty_coef else [])]
+        if isinstance(self.rows, PackedRows):
+            upstream = self.rows.evaluate(values, o, differentiate=True)[2]
+            return {name: upstream[LINES[name]] for name in wanted}
+        leaves = [getattr(values, name).detach() for name in wanted]
+
+        def loss(*leaves: Tensor) -> Tensor:
+            return self.objective(values._replace(**dict(zip(wanted, leaves, strict=True))))[0]
+
+        if torch.compiler.is_compiling():  # which can trace this and not torch.autograd.grad; on its own it takes twice the time
+            found = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
+        else:
+            with torch.enable_grad():
+                found = torch.autograd.grad(loss(*(leaf.requires_grad_() for leaf in leaves)), leaves)
+        return dict(zip(wanted, found, strict=True))
+
+    def select(self, rows: Tensor | slice) -> PreparedLoss:
+        """These rows alone; only for losses that do not join rows."""
+        return replace(self, rows=self.rows.select(rows))
 
 
 def prepare_loss(
@@ -83,10 +116,10 @@ def prepare_loss(
     dtype: torch.dtype,
     advantages: Tensor,
     mask: Tensor | None,
-    live: Tensor | None = None,
+    backend: str,
     **arguments: Unpack[LossArguments],
 ) -> PreparedLoss:
-    """Check everything that a loss needs of its rows, which have shape `shape` and are flattened."""
+    """Check everything that a loss needs of its rows, which have shape `shape` and are flattened. `backend`: whose kernels weigh them."""
     old_logp, ref_logp, rollout_logp = arguments.pop("old_logp", None), arguments.pop("ref_logp", None), arguments.pop("rollout_logp", None)
     cu_seqlens, denominator = arguments.pop("cu_seqlens", None), arguments.pop("denominator", None)
     token_denominator = arguments.pop("token_denominator", None)
@@ -104,24 +137,29 @@ def prepare_loss(
     _check_advantages(advantages, shape, device, cu_seqlens)
     for name, divisor in (("denominator", denominator), ("token_denominator", token_denominator)):
         _check_denominator(name, divisor)
+    per_row = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
+    flat = {name: None if value is None else value.reshape(-1) for name, value in per_row.items()}
+    mask = None if mask is None else mask.reshape(-1)
+    if packs(options, backend, options.joins_rows(old_logp is not None)):
+        flat = {name: None if value is None else _dense(value, device, dtype) for name, value in flat.items()}
+        if isinstance(denominator, Tensor):
+            denominator = _dense(denominator, device, dtype)
+        mask, cu_seqlens = None if mask is None else mask.contiguous(), None if cu_seqlens is None else cu_seqlens.long().contiguous()
+        return PreparedLoss(options, PackedRows.of(options, backend, n, mask=mask, cu_seqlens=cu_seqlens, denominator=denominator, **flat))
     rows = loss_rows(
         options,
-        advantages=advantages.reshape(-1),
-        mask=torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask.reshape(-1),
+        **flat,
+        mask=torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask,
         dtype=dtype,
         cu_seqlens=cu_seqlens,
-        old_logp=_flat(old_logp),
-        ref_logp=_flat(ref_logp),
-        rollout_logp=_flat(rollout_logp),
         denominator=denominator,
         token_denominator=token_denominator,
-        live=live,
     )
     return PreparedLoss(options, rows)
 
 
-def _flat(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.reshape(-1)
+def _dense(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return value.detach().to(device=device, dtype=dtype, non_blocking=True).contiguous()
 
 
 def _check_needs(
@@ -184,43 +222,35 @@ def in_one_kernel(loss: PreparedLoss, spec: RowSpec) -> bool:
     return spec.backend != "torch" and spec.shard is None and not loss.joined
 
 
-def _loss_lines(rows: LossRows) -> Tensor:
-    """(LOSS_LINES, N) in the order of `LossLine`."""
-    rollout = rows.rollout_logp if rows.old_logp is None else rows.log_rollout_weight
-    lines = (rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rollout)
-    return torch.stack([torch.zeros_like(rows.advantages) if line is None else line for line in lines])
-
-
 def loss_arguments(loss: PreparedLoss, scaled: bool = False) -> tuple:
     """What the op policy_gradient takes behind the backend."""
-    o = loss.options
-    numbers = (
-        1 - o.eps_low,
-        1 + o.eps_high,
-        math.inf if o.delta is None else math.log(o.delta),
-        o.beta,
-        o.entropy_coef,
-        o.self_certainty_coef,
-        o.ratio_cap,
-        o.tau_pos,
-        o.tau_neg,
-        o.rollout_cap,
-        o.rollout_floor,
-    )
-    present = 0 if loss.rows.old_logp is None else HAS_OLD
-    kl = KL_KINDS[o.kl if o.beta else None]
-    return (_loss_lines(loss.rows), present, LOSS_KINDS[o.loss_type], kl, CORRECTIONS[o.rollout_correction], list(numbers), scaled)
+    rows = loss.rows
+    if isinstance(rows, PackedRows):
+        return (rows.lines, *kernel_kinds(loss.options, rows.present), scaled)
+    rollout = rows.rollout_logp if rows.log_rollout_weight is None else rows.log_rollout_weight
+    optional = {HAS_OLD: rows.old_logp, HAS_REF: rows.ref_logp, HAS_ROLLOUT: rollout, LOG_WEIGHT: rows.log_rollout_weight}
+    present = sum(bit for bit, value in optional.items() if value is not None)
+    lines = (rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rollout)
+    packed = torch.stack([torch.zeros_like(rows.advantages) if line is None else line for line in lines])
+    return (packed, *kernel_kinds(loss.options, present), scaled)
 
 
-def row_gradients(loss: PreparedLoss, values: TokenStats) -> dict[str, Tensor]:
-    """d loss / d statistic of every row, (N,): by autograd on vectors, wherever the loss depends on the statistic."""
-    options = loss.options
-    wanted = ["logp", *(["entropy"] if options.entropy_coef else []), *(["self_certainty"] if options.self_certainty_coef else [])]
-    leaves = {name: getattr(values, name).detach().requires_grad_() for name in wanted}
-    with torch.enable_grad():
-        objective, _ = loss.objective(values._replace(**leaves))
-        gradients = torch.autograd.grad(objective, list(leaves.values()))
-    return dict(zip(wanted, gradients, strict=True))
+class _LossOfRows(Function):
+    """A loss whose gradient by the statistics of its rows is there already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, upstream: Tensor, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(upstream)
+        ctx.op, ctx.single_use = "policy_loss", False
+        return loss.clone()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = ctx.saved_tensors
+        lines = (Stat.LOGP, Stat.ENTROPY, Stat.SELF_CERTAINTY)
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *(upstream[line] * factor if needed else None for line, needed in zip(lines, wanted, strict=True))
 
 
 def policy_loss(
@@ -296,6 +326,7 @@ def policy_loss(
         rollout_correction: the policy term is multiplied by w = exp(old_logp − rollout_logp), detached; "truncate": min(w, rollout_cap);
             "mask": w within [rollout_floor, rollout_cap], else 0.
         rollout_level: w per "token", or per "sequence" (the product over its mask tokens).
+        backend: see `urlvr_fast.ops.backend`. Types with one term a sequence, and corrections by sequence, run in PyTorch on all of them.
 
     Returns:
         (loss, metrics). The loss is 0-d, fp32 (fp64 for fp64 log-probs). Metrics are detached 0-d tensors on the device, each present
@@ -309,11 +340,12 @@ def policy_loss(
     Raises:
         ValueError: something a loss type needs is missing (it is named), a number out of range, a shape or device that does not fit.
         TypeError: a wrong dtype.
+        RuntimeError: a derivative of the gradient, where kernels made it; a backend that this build has not.
     """
     if logp.dtype not in checks.FLOATS:
         raise TypeError(f"logp must be floating point, not {logp.dtype}")
     shape, device, dtype = tuple(logp.shape), logp.device, accumulation_dtype(logp.dtype)
-    choose_backend(backend, device, dtype)  # vectors of N numbers: every backend computes them in PyTorch
+    backend = choose_backend(backend, device, dtype)
     for name, value, coefficient in (("entropy", entropy, entropy_coef), ("self_certainty", self_certainty, self_certainty_coef)):
         if value is not None:
             checks.check_rows(name, value, shape, device, checks.FLOATS)
@@ -325,6 +357,7 @@ def policy_loss(
         dtype,
         advantages,
         mask,
+        backend,
         old_logp=old_logp,
         ref_logp=ref_logp,
         rollout_logp=rollout_logp,
@@ -349,7 +382,15 @@ def policy_loss(
         rollout_floor=rollout_floor,
     )
 
-    def flat(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.reshape(-1).to(dtype)
-
-    return prepared.objective(TokenStats(logp=flat(logp), entropy=flat(entropy), self_certainty=flat(self_certainty)))
+    flat = [None if value is None else value.reshape(-1).to(dtype) for value in (logp, entropy, self_certainty)]
+    values = TokenStats(logp=flat[0], entropy=flat[1], self_certainty=flat[2])
+    if not isinstance(prepared.rows, PackedRows):
+        return prepared.objective(values)
+    wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in flat)
+    with torch.no_grad():
+        loss, metrics, upstream = prepared.rows.evaluate(values, prepared.options, differentiate=wanted)
+    if not wanted:
+        return loss, metrics
+    coefficients = (1.0, entropy_coef, self_certainty_coef)
+    inputs = [value if coefficient else None for value, coefficient in zip(flat, coefficients, strict=True)]
+    return _LossOfRows.apply(loss, upstream, *inputs), metrics

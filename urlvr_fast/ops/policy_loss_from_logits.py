@@ -10,8 +10,9 @@ from torch import Tensor
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import GradientInForward
+from urlvr_fast.ops.backend import choose_backend
 from urlvr_fast.ops.head import parameter_gradient
-from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, in_one_kernel, loss_arguments, prepare_loss, row_gradients, unless_all
+from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, in_one_kernel, loss_arguments, prepare_loss, unless_all
 from urlvr_fast.ops.reference import accumulation_dtype
 from urlvr_fast.ops.row_ops import gradient, ops, power_of_two_below, statistics, unpack
 from urlvr_fast.ops.spec import RowSpec
@@ -33,7 +34,7 @@ def _statistics_and_gradient(
         stats, d_logits, row_scale = ops.policy_gradient(*call)
         return stats, d_logits, row_scale if scaled else None, None
     stats = statistics(logits, bias, columns, spec)
-    upstream = row_gradients(loss, unpack(stats, spec.wanted))
+    upstream = loss.gradients(unpack(stats, spec.wanted))
     row_scale = None
     if scaled:
         row_scale = power_of_two_below(torch.stack(list(upstream.values())).abs().sum(0) * abs(spec.scale))
@@ -84,7 +85,8 @@ def policy_loss_from_logits(
     checks.check_bias(bias, logits.shape[-1], device)
     if inplace_backward:
         checks.check_inplace(logits)
-    prepared = prepare_loss(shape, device, dtype, advantages, mask, **loss)
+    backend = choose_backend(backend, device, dtype)
+    prepared = prepare_loss(shape, device, dtype, advantages, mask, backend, **loss)
     spec, columns = checks.row_spec(
         prepared.outputs,
         ids,

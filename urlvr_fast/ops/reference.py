@@ -1,7 +1,8 @@
 """Every op in plain torch, readable as its definition, differentiated by autograd: the oracle that the fast paths are tested against.
 
-Nothing here is chunked, fused or clever. Works in float64 (16-bit and fp32 inputs are computed in fp32). The table of policy losses lives
-here and nowhere else: the public loss ops run `policy_objective` below on vectors of N numbers and only the way to those numbers is fused.
+Nothing here is chunked, fused or clever. Works in float64 (16-bit and fp32 inputs are computed in fp32). Losses that join the rows of a
+sequence are computed here and nowhere else; for the others the kernels repeat the terms of `token_terms` (`loss_terms` in csrc/rows.h and
+kernels/policy_loss.py), tested against it.
 """
 
 from __future__ import annotations
@@ -255,6 +256,15 @@ class LossRows:
         changes: dict[str, Any] = {name: None if value is None else value[rows] for name, value in per_row.items()}
         return replace(self, **changes)
 
+    def divided(self, power: Tensor) -> LossRows:
+        """The rows of a loss that is smaller by `power`, 0-d."""
+        sequence = None if self.sequence_weight is None else self.sequence_weight / power
+        return replace(self, weight=self.weight / power, regulariser_weight=self.regulariser_weight / power, sequence_weight=sequence)
+
+    def with_live(self, chosen: Tensor) -> LossRows:
+        """Only the `chosen` (N,) rows that count are live."""
+        return replace(self, live=self.mask & chosen)
+
     def sequence_sum(self, values: Tensor) -> Tensor:
         assert self.sequence is not None
         assert self.lengths is not None
@@ -265,7 +275,7 @@ def sum_at(values: Tensor, places: Tensor, count: int) -> Tensor:
     """(count,) sums of the values (N,) at their places (N,), the same bits from run to run: on CUDA `index_add_` adds in any order, while
     accumulating `index_put_` sorts first."""
     zeros = values.new_zeros(count)
-    return zeros.index_put_((places,), values, accumulate=True) if values.is_cuda else zeros.index_add_(0, places, values)
+    return zeros.index_put((places,), values, accumulate=True) if values.is_cuda else zeros.index_add(0, places, values)
 
 
 def _reciprocal(value: Tensor) -> Tensor:
@@ -291,7 +301,6 @@ def loss_rows(
     rollout_logp: Tensor | None = None,
     denominator: float | Tensor | None = None,
     token_denominator: float | Tensor | None = None,
-    live: Tensor | None = None,  # (N,) bool from a caller who knows better
 ) -> LossRows:
     """Advantages per token, weights and liveness of the rows. Denominators and lengths come from `mask`, never from live rows."""
     n, device = len(mask), mask.device
@@ -317,7 +326,7 @@ def loss_rows(
     )
     if cu_seqlens is not None and sequence is not None:
         rows.lengths = sum_at(mask.to(dtype), sequence, len(cu_seqlens) - 1)
-    rows.live = live_rows(rows, options) if live is None else mask & live
+    rows.live = live_rows(rows, options)
 
     def divisor(given: float | Tensor | None, otherwise: Tensor | None) -> Tensor:
         if given is None:

@@ -29,10 +29,12 @@ _ROWS = (
 )
 _LOSS = "Tensor loss, int present, int kind, int kl, int correction, float[] numbers, bool scaled"
 _BACKWARD = "Tensor stats, Tensor upstream, int given, bool bias_wanted"
+DIFFERENTIABLE_FLAGS = (1 << GRADS) - 1  # the flags' bits of the lines that have a gradient
 _library = torch.library.Library("urlvr_fast", "FRAGMENT")
 
 
-def _define(name: str, schema: str, run: Any, fake: Any) -> None:
+def define(name: str, schema: str, run: Any, fake: Any) -> None:
+    """Make `torch.ops.urlvr_fast.<name>`: one function for all devices, and one that knows the shapes alone."""
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"urlvr_fast::{name}", fake, lib=_library)
@@ -193,44 +195,44 @@ def _small(logits: Tensor, shape: tuple[int]) -> Tensor:
     return logits.new_empty(shape, dtype=accumulation_dtype(logits.dtype))
 
 
-_define("token_stats", f"(Tensor logits, {_ROWS}) -> Tensor", _statistics, lambda logits, *_: _packed(logits, STATS))
-_define(
+define("token_stats", f"(Tensor logits, {_ROWS}) -> Tensor", _statistics, lambda logits, *_: _packed(logits, STATS))
+define(
     "token_stats_backward",
     f"(Tensor logits, {_ROWS}, {_BACKWARD}) -> (Tensor, Tensor)",
     _backward,
     lambda logits, *rest: (_contiguous(logits), _small(logits, _bias_shape(rest))),
 )
-_define(
+define(
     "token_stats_backward_",
     f"(Tensor(a!) logits, {_ROWS}, {_BACKWARD}) -> Tensor",
     _backward_,
     lambda logits, *rest: _small(logits, _bias_shape(rest)),
 )
-_define(
+define(
     "token_stats_backward_out",
     f"(Tensor logits, {_ROWS}, {_BACKWARD}, Tensor(a!) out) -> Tensor",
     _backward_out,
     lambda logits, *rest: _small(logits, _bias_shape(rest[:-1])),
 )
-_define(
+define(
     "policy_gradient",
     f"(Tensor logits, {_ROWS}, {_LOSS}) -> (Tensor, Tensor, Tensor)",
     _policy_gradient,
     lambda logits, *rest: (_packed(logits, STATS), _contiguous(logits), _small(logits, _scale_shape(logits, rest))),
 )
-_define(
+define(
     "policy_gradient_",
     f"(Tensor(a!) logits, {_ROWS}, {_LOSS}) -> (Tensor, Tensor)",
     _policy_gradient_,
     lambda logits, *rest: (_packed(logits, STATS), _small(logits, _scale_shape(logits, rest))),
 )
-_define(
+define(
     "policy_gradient_out",
     f"(Tensor logits, {_ROWS}, {_LOSS}, Tensor(a!) out) -> (Tensor, Tensor)",
     _policy_gradient_out,
     lambda logits, *rest: (_packed(logits, STATS), _small(logits, _scale_shape(logits, rest[:-1]))),
 )
-_define(
+define(
     "scale_rows_",
     "(Tensor(a!) gradient, Tensor factor, Tensor? row_scale, str backend) -> ()",
     _scale_rows_,
@@ -248,7 +250,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 @first_order
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     *rows, stats = ctx.saved_tensors
-    given = ctx.rest[-2] & ((1 << GRADS) - 1)  # the flags' bits of the differentiable lines
+    given = ctx.rest[-2] & DIFFERENTIABLE_FLAGS
     gradient, bias_grad = ops.token_stats_backward(*rows, *ctx.rest, stats, upstream[:GRADS].contiguous(), given, ctx.needs_input_grad[1])
     return gradient, bias_grad if ctx.needs_input_grad[1] else None, *(None,) * 13
 
@@ -278,19 +280,22 @@ def gradient(
     columns: int,
     spec: RowSpec,
     stats: Tensor,
-    upstream: Upstream,
+    upstream: Upstream | Tensor,
     *,
     inplace: bool,
     bias_wanted: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """d loss / d logits, in memory of its own, in the logits' (`inplace`) or in `out`, contiguous and of any dtype; and d loss / d bias
-    (columns,) where that is wanted."""
-    lines, given = stats.new_zeros(GRADS, stats.shape[1]), 0
-    for name, value in upstream.items():
-        line = STATISTICS.index(name)
-        lines[line] = value
-        given |= 1 << line
+    (columns,) where that is wanted. `upstream` by name, or (GRADS, N) with 0 in what was not asked for."""
+    if isinstance(upstream, Tensor):
+        lines, given = upstream, spec.flags & DIFFERENTIABLE_FLAGS
+    else:
+        lines, given = stats.new_zeros(GRADS, stats.shape[1]), 0
+        for name, value in upstream.items():
+            line = STATISTICS.index(name)
+            lines[line] = value
+            given |= 1 << line
     call = (logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend, stats, lines, given, bias_wanted)
     if out is not None:
         bias_grad = ops.token_stats_backward_out(*call, out)

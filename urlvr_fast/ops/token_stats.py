@@ -11,13 +11,15 @@ from torch.autograd import Function
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import first_order
+from urlvr_fast.ops.layout import GRADS
 from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
 from urlvr_fast.ops.row_ops import gradient, statistics, unpack
-from urlvr_fast.ops.spec import STATISTICS, RowSpec
+from urlvr_fast.ops.spec import RowSpec
 
 
 class _TokenStats(Function):
-    """The packed statistics where the registered op does not do: shards talk to each other, and a gradient in place changes an input."""
+    """The packed statistics where the registered op does not do: shards talk to each other, and a gradient in place changes an input.
+    Outside a compiled graph it always is the one: torch takes longer to find the registered op's gradient than a small kernel runs."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, bias: Tensor | None, spec: RowSpec, columns: int, inplace: bool) -> Tensor:
@@ -30,11 +32,10 @@ class _TokenStats(Function):
     @first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, bias, stats = ctx.saved_tensors
-        given = {name: upstream[STATISTICS.index(name)] for name in checks.differentiable(ctx.spec.wanted)}
-        bias_wanted = ctx.needs_input_grad[1]
+        lines, bias_wanted = upstream[:GRADS].contiguous(), ctx.needs_input_grad[1]
         # detach() shares the version counter: autograd notices when someone else had saved these logits
         d_logits, d_bias = gradient(
-            logits.detach(), bias, ctx.columns, ctx.spec, stats, given, inplace=ctx.single_use, bias_wanted=bias_wanted
+            logits.detach(), bias, ctx.columns, ctx.spec, stats, lines, inplace=ctx.single_use, bias_wanted=bias_wanted
         )
         return d_logits, d_bias, None, None, None
 
@@ -125,7 +126,8 @@ def token_stats(
         backend=backend,
     )
     bias = None if bias is None else bias[:columns].to(dtype)
-    if inplace_backward or spec.shard is not None:
+    wants_gradient = torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))
+    if inplace_backward or spec.shard is not None or (wants_gradient and not torch.compiler.is_compiling()):
         stats = _TokenStats.apply(logits, bias, spec, columns, inplace_backward)
     else:
         stats = statistics(logits, bias, columns, spec)

@@ -1,0 +1,199 @@
+"""Policy losses with one term a token, in kernels: a row's weight and liveness before its log-prob is known, loss and metrics afterwards.
+
+In PyTorch (`reference.py`) these are some sixty operations on vectors of N numbers: nothing beside a large vocabulary on a CPU, but on a
+GPU each of them is a launch, and together they take longer than the pass over the logits of a small batch. Losses that join the rows of a
+sequence stay there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from urlvr_fast.ops.backend import kernels
+from urlvr_fast.ops.layout import (
+    CORRECTIONS,
+    GRADS,
+    HAS_OLD,
+    HAS_REF,
+    HAS_ROLLOUT,
+    KL_KINDS,
+    LOSS_KINDS,
+    LOSS_LINES,
+    METRICS,
+    LossLine,
+    Metric,
+    Weighing,
+)
+from urlvr_fast.ops.reference import SEQUENCE_MEAN, LossOptions, TokenStats
+from urlvr_fast.ops.row_ops import define
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _new_rows(advantages: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    return advantages.new_empty(LOSS_LINES, rows), advantages.new_empty(rows, dtype=torch.bool), advantages.new_empty(2)
+
+
+def _loss_rows(advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, rows, number, weighing, backend):
+    out = _new_rows(advantages, rows)
+    given = (advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator)
+    kernels(backend).loss_rows(*given, number, weighing, *out)
+    return out
+
+
+def _new_results(logp: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
+    return logp.new_empty(METRICS), logp.new_empty(GRADS, len(logp) if differentiate else 0)
+
+
+def _objective(
+    logp, entropy, self_certainty, lines, live, counts, present, kind, kl, correction, numbers, differentiate, backend
+) -> tuple[Tensor, Tensor]:
+    metrics, upstream = _new_results(logp, differentiate)
+    given = (logp, entropy, self_certainty, lines, live, counts, present, kind, kl, correction, numbers)
+    kernels(backend).objective(*given, metrics, upstream if differentiate else None)
+    return metrics, upstream
+
+
+define(
+    "loss_rows",
+    "(Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? old_logp, Tensor? ref_logp, Tensor? rollout_logp, Tensor? denominator, "
+    "SymInt rows, float number, int weighing, str backend) -> (Tensor, Tensor, Tensor)",
+    _loss_rows,
+    lambda advantages, *rest: _new_rows(advantages, rest[6]),
+)
+define(
+    "policy_objective",
+    "(Tensor logp, Tensor? entropy, Tensor? self_certainty, Tensor lines, Tensor live, Tensor counts, int present, int kind, int kl, "
+    "int correction, float[] numbers, bool differentiate, str backend) -> (Tensor, Tensor)",
+    _objective,
+    lambda logp, *rest: _new_results(logp, rest[-2]),
+)
+ops = torch.ops.urlvr_fast
+
+
+# ---- what the other files call ---------------------------------------------------------------------------------------------------------
+
+
+def loss_numbers(o: LossOptions) -> list[float]:
+    """In the order of LossNumbers in csrc/rows.h."""
+    log_delta = math.inf if o.delta is None else math.log(o.delta)
+    first = (1 - o.eps_low, 1 + o.eps_high, log_delta, o.beta, o.entropy_coef, o.self_certainty_coef)
+    return [*first, o.ratio_cap, o.tau_pos, o.tau_neg, o.rollout_cap, o.rollout_floor]
+
+
+def kernel_kinds(o: LossOptions, present: int) -> tuple[int, int, int, int, list[float]]:
+    """What the kernels `policy` and `objective` take of the options: present, kind, kl, correction, numbers."""
+    kl = KL_KINDS[o.kl if present & HAS_REF else None]
+    return present, LOSS_KINDS[o.loss_type], kl, CORRECTIONS[o.rollout_correction], loss_numbers(o)
+
+
+def packs(options: LossOptions, backend: str, joined: bool) -> bool:
+    """Whether the kernels know this loss: one term a token, and no weight that is the product over a sequence."""
+    by_sequence = options.rollout_correction is not None and options.rollout_level == "sequence"
+    return backend != "torch" and not joined and not by_sequence
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """What a policy loss knows of its rows before any log-prob, as `LossRows` of reference.py, in the lines that kernels take."""
+
+    lines: Tensor  # (LOSS_LINES, N)
+    live: Tensor  # (N,) bool
+    counts: Tensor  # (2,): the tokens and the sequences that count, in all of the call
+    mask: Tensor | None  # (N,) bool; None: every row counts
+    present: int
+    sequences: bool  # whether there are any
+    backend: str
+    sequence_weight: ClassVar[None] = None  # no term is a sequence's
+
+    @staticmethod
+    def of(
+        options: LossOptions,
+        backend: str,
+        rows: int,
+        *,
+        advantages: Tensor,  # (N,) or (B,), contiguous as the rest
+        mask: Tensor | None,  # (N,) bool
+        cu_seqlens: Tensor | None,  # (B + 1,) int64
+        old_logp: Tensor | None,  # (N,)
+        ref_logp: Tensor | None,  # (N,)
+        rollout_logp: Tensor | None,  # (N,)
+        denominator: float | Tensor | None,
+    ) -> PackedRows:
+        sequence_mean = options.loss_type in SEQUENCE_MEAN
+        weighing, number = Weighing(0), 1.0
+        if len(advantages) != rows:
+            weighing |= Weighing.PER_SEQUENCE
+        if denominator is None:
+            by_sequences = sequence_mean or options.loss_type == "dr_grpo"
+            weighing |= Weighing.COUNTED | (Weighing.BY_SEQUENCES if by_sequences else Weighing(0))
+            number = float(options.max_length or math.nan) if options.loss_type == "dr_grpo" else 1.0
+        elif not isinstance(denominator, Tensor):
+            number, denominator = float(denominator), None
+        if sequence_mean:
+            weighing |= Weighing.SEQUENCE_MEAN
+        if options.regularised:
+            weighing |= Weighing.REGULARISED
+        optional = (old_logp, ref_logp, rollout_logp)
+        present = sum(bit for bit, value in zip((HAS_OLD, HAS_REF, HAS_ROLLOUT), optional, strict=True) if value is not None)
+        made = ops.loss_rows(advantages, mask, cu_seqlens, *optional, denominator, rows, number, int(weighing), backend)
+        return PackedRows(*made, mask, present, cu_seqlens is not None, backend)
+
+    @property
+    def advantages(self) -> Tensor:
+        return self.lines[LossLine.ADVANTAGE]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.lines[LossLine.WEIGHT]
+
+    @property
+    def regulariser_weight(self) -> Tensor:
+        return self.lines[LossLine.REGULARISER]
+
+    @property
+    def old_logp(self) -> Tensor | None:
+        return self.lines[LossLine.OLD] if self.present & HAS_OLD else None
+
+    def select(self, rows: Tensor | slice) -> PackedRows:
+        """These rows alone."""
+        whole = isinstance(rows, slice) and rows.indices(len(self.live)) == (0, len(self.live), 1)
+        if whole:
+            return self
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, lines=self.lines[:, rows].contiguous(), live=self.live[rows], mask=mask)
+
+    def divided(self, power: Tensor) -> PackedRows:
+        """The rows of a loss that is smaller by `power`, 0-d."""
+        lines = self.lines.clone()
+        lines[LossLine.WEIGHT : LossLine.REGULARISER + 1] /= power
+        return replace(self, lines=lines)
+
+    def with_live(self, chosen: Tensor) -> PackedRows:
+        """Only the `chosen` (N,) rows that count are live."""
+        return replace(self, live=chosen if self.mask is None else self.mask & chosen)
+
+    def evaluate(self, values: TokenStats, options: LossOptions, *, differentiate: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """`policy_objective` of reference.py, without autograd: the loss, the metrics that there are, 0-d, and the gradient by the
+        statistics of every row, (GRADS, N) where it is wanted."""
+        given = [None if value is None else value.contiguous() for value in (values.logp, values.entropy, values.self_certainty)]
+        kinds = kernel_kinds(options, self.present)
+        results, upstream = ops.policy_objective(*given, self.lines, self.live, self.counts, *kinds, differentiate, self.backend)
+        absent = {
+            Metric.SEQUENCES: not self.sequences,
+            Metric.ROLLOUT_WEIGHT_MEAN: options.rollout_correction is None,
+            Metric.KL: not self.present & HAS_REF,
+            Metric.ENTROPY: values.entropy is None,
+            Metric.SELF_CERTAINTY: values.self_certainty is None,
+            Metric.ROLLOUT_GAP_MAX: not self.present & HAS_ROLLOUT,
+        }
+        loss, *others = results.unbind()
+        return loss, {_NAMES[at]: value for at, value in enumerate(others, 1) if not absent.get(at)}, upstream
+
+
+_NAMES = [metric.name.lower() for metric in Metric]
