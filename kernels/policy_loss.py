@@ -466,7 +466,7 @@ def plan_objective(
         "rows": rows,
         "BLOCK": targets.OBJECTIVE.columns,
     }
-    of_metrics = {name: named[name] for name in ("beta", "entropy_coef", "self_certainty_coef")}
+    of_metrics: dict[str, Any] = {name: named[name] for name in ("beta", "entropy_coef", "self_certainty_coef")}
     of_metrics |= {"partial": partial, "blocks": blocks, "counts": counts, "metrics": metrics, "BLOCK": targets.METRICS.columns}
     launches = [Launch(objective_kernel, blocks, arguments, targets.OBJECTIVE.warps)] if rows else []
     return [*launches, Launch(metrics_kernel, 1, of_metrics, targets.METRICS.warps)]

@@ -215,7 +215,7 @@ class Calls:
     def training(self, n, columns, temperature, beta, **loss):
         """A step of a loop that has whole logits, and one of the trainer, which has hidden states and the head."""
         torch = self.torch
-        from urlvr_fast import group_advantages, linear_policy_loss, linear_token_stats, policy_loss_from_logits, token_stats
+        from urlvr_fast import group_advantages, linear_policy_loss, linear_token_stats, policy_loss, policy_loss_from_logits, token_stats
 
         per_row, bf16 = self.per_row(n), torch.bfloat16
         ids, mask = per_row["ids"], per_row["mask"]
@@ -234,6 +234,11 @@ class Calls:
         with torch.no_grad():
             linear_token_stats(hidden, head, ids, outputs=("logp", "entropy"), mask=mask, **options)
         linear_policy_loss(hidden, head, ids, advantages=advantages, mask=mask, **options, **loss)[0].backward()
+        logp = torch.zeros(n, device=self.device, requires_grad=True)
+        ends = torch.arange(0, n + 1, n, device=self.device)
+        policy_loss(logp, advantages=advantages, cu_seqlens=ends, denominator=torch.ones((), device=self.device), backend="triton")[
+            0
+        ].backward()
 
     def few_rows(self, n, columns, softcap):
         """So few that rows are split over programs: plain ones, with what a row can have, with nothing but themselves, and of a shard."""
@@ -348,9 +353,9 @@ def parts(tmp_path_factory):
 
 def test_every_kernel_is_launched(parts):
     """That each launch is what was planned was checked where it happened."""
-    from urlvr_fast.kernels import group_advantages, policy_loss_from_logits, scale_rows, token_stats
+    from urlvr_fast.kernels import group_advantages, policy_loss, policy_loss_from_logits, scale_rows, token_stats
 
-    modules = (group_advantages, policy_loss_from_logits, scale_rows, token_stats)
+    modules = (group_advantages, policy_loss, policy_loss_from_logits, scale_rows, token_stats)
     there_are = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {name for part in parts.values() for name in part["binaries"]} == there_are
     assert parts["few rows"]["binaries"].keys() == {"segments_kernel", "merge_kernel"}
@@ -365,7 +370,7 @@ def test_lengths_and_numbers_cost_no_compilation(parts, part):
 
 def test_training_takes_few_binaries(parts):
     binaries = sum(map(len, parts["training"]["binaries"].values()))
-    assert len(parts["training"]["compiled"]) == binaries <= 12, parts["training"]
+    assert len(parts["training"]["compiled"]) == binaries <= 16, parts["training"]
 
 
 if __name__ == "__main__":

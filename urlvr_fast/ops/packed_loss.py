@@ -141,8 +141,9 @@ class PackedRows:
             weighing |= Weighing.REGULARISED
         optional = (old_logp, ref_logp, rollout_logp)
         present = sum(bit for bit, value in zip((HAS_OLD, HAS_REF, HAS_ROLLOUT), optional, strict=True) if value is not None)
-        made = ops.loss_rows(advantages, mask, cu_seqlens, *optional, denominator, rows, number, int(weighing), backend)
-        return PackedRows(*made, mask, present, cu_seqlens is not None, backend)
+        call = (advantages, mask, cu_seqlens, *optional, denominator, rows, number, int(weighing), backend)
+        lines, live, counts = ops.loss_rows(*call)
+        return PackedRows(lines, live, counts, mask, present, cu_seqlens is not None, backend)
 
     @property
     def advantages(self) -> Tensor:
@@ -184,16 +185,18 @@ class PackedRows:
         given = [None if value is None else value.contiguous() for value in (values.logp, values.entropy, values.self_certainty)]
         kinds = kernel_kinds(options, self.present)
         results, upstream = ops.policy_objective(*given, self.lines, self.live, self.counts, *kinds, differentiate, self.backend)
-        absent = {
-            Metric.SEQUENCES: not self.sequences,
-            Metric.ROLLOUT_WEIGHT_MEAN: options.rollout_correction is None,
-            Metric.KL: not self.present & HAS_REF,
-            Metric.ENTROPY: values.entropy is None,
-            Metric.SELF_CERTAINTY: values.self_certainty is None,
-            Metric.ROLLOUT_GAP_MAX: not self.present & HAS_ROLLOUT,
+        there = {
+            Metric.LOSS: False,  # not a metric
+            Metric.SEQUENCES: self.sequences,
+            Metric.ROLLOUT_WEIGHT_MEAN: options.rollout_correction is not None,
+            Metric.KL: bool(self.present & HAS_REF),
+            Metric.ENTROPY: values.entropy is not None,
+            Metric.SELF_CERTAINTY: values.self_certainty is not None,
+            Metric.ROLLOUT_GAP_MAX: bool(self.present & HAS_ROLLOUT),
         }
-        loss, *others = results.unbind()
-        return loss, {_NAMES[at]: value for at, value in enumerate(others, 1) if not absent.get(at)}, upstream
+        lines = results.unbind()
+        metrics = {name: lines[metric] for metric, name in _NAMES.items() if there.get(metric, True)}
+        return lines[Metric.LOSS], metrics, upstream
 
 
-_NAMES = [metric.name.lower() for metric in Metric]
+_NAMES = {metric: metric.name.lower() for metric in Metric}

@@ -137,23 +137,30 @@ def prepare_loss(
     _check_advantages(advantages, shape, device, cu_seqlens)
     for name, divisor in (("denominator", denominator), ("token_denominator", token_denominator)):
         _check_denominator(name, divisor)
-    per_row = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
+    advantages, mask = advantages.reshape(-1), None if mask is None else mask.reshape(-1)
+    per_row = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
     flat = {name: None if value is None else value.reshape(-1) for name, value in per_row.items()}
-    mask = None if mask is None else mask.reshape(-1)
     if packs(options, backend, options.joins_rows(old_logp is not None)):
-        flat = {name: None if value is None else _dense(value, device, dtype) for name, value in flat.items()}
-        if isinstance(denominator, Tensor):
-            denominator = _dense(denominator, device, dtype)
-        mask, cu_seqlens = None if mask is None else mask.contiguous(), None if cu_seqlens is None else cu_seqlens.long().contiguous()
-        return PreparedLoss(options, PackedRows.of(options, backend, n, mask=mask, cu_seqlens=cu_seqlens, denominator=denominator, **flat))
+        packed = PackedRows.of(
+            options,
+            backend,
+            n,
+            advantages=_dense(advantages, device, dtype),
+            mask=None if mask is None else mask.contiguous(),
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens.long().contiguous(),
+            denominator=_dense(denominator, device, dtype) if isinstance(denominator, Tensor) else denominator,
+            **{name: None if value is None else _dense(value, device, dtype) for name, value in flat.items()},
+        )
+        return PreparedLoss(options, packed)
     rows = loss_rows(
         options,
-        **flat,
+        advantages=advantages,
         mask=torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask,
         dtype=dtype,
         cu_seqlens=cu_seqlens,
         denominator=denominator,
         token_denominator=token_denominator,
+        **flat,
     )
     return PreparedLoss(options, rows)
 
