@@ -31,15 +31,17 @@ import torch
 from benches.data import Rows, Scenario
 from benches.gpu_check.sanitized import find_tool, finish, kernel_names
 from urlvr_fast.ops.backend import available_backends, kernels
-from urlvr_fast.ops.layout import GRADS, LOSS_KINDS, LOSS_LINES, STATS, LossLine, Stat
+from urlvr_fast.ops.layout import GRADS, LOSS_KINDS, LOSS_LINES, STATS, Stat, Weighing
+from urlvr_fast.ops.layout import METRICS as LOSS_METRICS
 from urlvr_fast.ops.spec import RowSpec
 
 FORWARD, BACKWARD, POLICY = "token_stats forward", "its backward, in place", "policy loss, forward + backward in place"
+AROUND = ("lengths_kernel", "loss_rows_kernel", "objective_kernel", "metrics_kernel")  # vectors of N numbers before and after the logits
 # The bytes of the logits that a row must read and write, and the kernels that it may consist of: no other row has them.
 ROWS = {
     FORWARD: (1, 0, ("statistics_kernel", "segments_kernel", "merge_kernel")),
     BACKWARD: (1, 1, ("gradient_kernel",)),
-    POLICY: (1, 1, ("policy_kernel", "cluster_kernel", "twice_kernel", "upstream_kernel", "scale_kernel")),
+    POLICY: (1, 1, ("policy_kernel", "cluster_kernel", "twice_kernel", "upstream_kernel", "scale_kernel", *AROUND)),
 }
 METRICS = {
     "seconds": "gpu__time_duration.sum",
@@ -76,8 +78,9 @@ def calls(backend: str, rows: Rows) -> dict[str, Callable[[], None]]:
     wanted = frozenset(("logp", "entropy", "self_certainty"))
     spec, policy = RowSpec(wanted, ids=rows.ids, backend=backend), RowSpec(frozenset(("logp", "entropy")), ids=rows.ids, backend=backend)
     stats, row_scale = torch.zeros(STATS, n, device=device), None
-    upstream, loss = torch.randn(GRADS, n, device=device), torch.zeros(LOSS_LINES, n, device=device)
-    loss[LossLine.ADVANTAGE], loss[LossLine.WEIGHT] = rows.advantages, 1 / n
+    upstream, loss = torch.randn(GRADS, n, device=device), torch.empty(LOSS_LINES, n, device=device)
+    metrics = torch.empty(LOSS_METRICS, device=device)
+    live, counts, advantages = torch.empty(n, dtype=torch.bool, device=device), torch.empty(2, device=device), rows.advantages.float()
     numbers = [0.8, 1.28, math.inf, 0.0, 0.0, 0.0, 5.0, 1.0, 1.05, 3.0, 0.0]
     one = torch.ones((), device=device)
 
@@ -89,8 +92,10 @@ def calls(backend: str, rows: Rows) -> dict[str, Callable[[], None]]:
         package.gradient(memory, None, *spec.arguments(v), spec.flags, stats, upstream, given, memory, None)
 
     def policy_loss() -> None:
-        call = (memory, None, *policy.arguments(v), policy.flags, loss, 0, LOSS_KINDS["dapo"], 0, 0, numbers)
-        package.policy(*call, torch.empty_like(stats), memory, row_scale)
+        kinds, of_policy = (0, LOSS_KINDS["dapo"], 0, 0, numbers), torch.empty_like(stats)
+        package.loss_rows(advantages, None, None, None, None, None, None, 1.0, int(Weighing.COUNTED), loss, live, counts)
+        package.policy(memory, None, *policy.arguments(v), policy.flags, loss, *kinds, of_policy, memory, row_scale)
+        package.objective(of_policy[Stat.LOGP], of_policy[Stat.ENTROPY], None, loss, live, counts, *kinds, metrics, None)
         package.scale(memory, one, row_scale)
 
     return {FORWARD: forward, BACKWARD: backward, POLICY: policy_loss}

@@ -163,8 +163,7 @@ class PackedRows:
 
     def select(self, rows: Tensor | slice) -> PackedRows:
         """These rows alone."""
-        whole = isinstance(rows, slice) and rows.indices(len(self.live)) == (0, len(self.live), 1)
-        if whole:
+        if isinstance(rows, slice) and rows.start == 0 and rows.stop == len(self.live):
             return self
         mask = None if self.mask is None else self.mask[rows]
         return replace(self, lines=self.lines[:, rows].contiguous(), live=self.live[rows], mask=mask)
@@ -186,17 +185,17 @@ class PackedRows:
         kinds = kernel_kinds(options, self.present)
         results, upstream = ops.policy_objective(*given, self.lines, self.live, self.counts, *kinds, differentiate, self.backend)
         there = {
-            Metric.LOSS: False,  # not a metric
-            Metric.SEQUENCES: self.sequences,
-            Metric.ROLLOUT_WEIGHT_MEAN: options.rollout_correction is not None,
-            Metric.KL: bool(self.present & HAS_REF),
-            Metric.ENTROPY: values.entropy is not None,
-            Metric.SELF_CERTAINTY: values.self_certainty is not None,
-            Metric.ROLLOUT_GAP_MAX: bool(self.present & HAS_ROLLOUT),
+            "loss": False,  # not a metric
+            "sequences": self.sequences,
+            "rollout_weight_mean": options.rollout_correction is not None,
+            "kl": bool(self.present & HAS_REF),
+            "entropy": values.entropy is not None,
+            "self_certainty": values.self_certainty is not None,
+            "rollout_gap_max": bool(self.present & HAS_ROLLOUT),
         }
         lines = results.unbind()
-        metrics = {name: lines[metric] for metric, name in _NAMES.items() if there.get(metric, True)}
-        return lines[Metric.LOSS], metrics, upstream
+        metrics = {name: line for name, line in zip(_NAMES, lines, strict=True) if there.get(name, True)}
+        return lines[0], metrics, upstream
 
 
-_NAMES = {metric: metric.name.lower() for metric in Metric}
+_NAMES = [metric.name.lower() for metric in Metric]
