@@ -212,11 +212,12 @@ def _load_if(there, values, n, inside):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def lengths_kernel(mask, cu_seqlens, lengths, rows, BLOCK: tl.constexpr):
-    """A program per sequence: how many of its tokens count. Without cu_seqlens everything is one sequence. Nobody has checked cu_seqlens
-    where that would be a wait for the device: -1 says that they do not rise from 0 to the number of rows."""
+def lengths_kernel(mask, cu_seqlens, lengths, rows, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """A program per sequence, or where there are none per PART rows: how many tokens count. Nobody has checked cu_seqlens where that would
+    be a wait for the device: -1 says that they do not rise from 0 to the number of rows."""
     sequence = tl.program_id(0)
-    begin, end = tl.zeros((), tl.int64), tl.zeros((), tl.int64) + rows
+    begin = tl.zeros((), tl.int64) + sequence * PART
+    end = tl.minimum(begin + PART, rows)
     broken = begin > end
     if cu_seqlens is not None:
         begin, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
@@ -239,7 +240,7 @@ def loss_rows_kernel(
     loss, loss_stride, live, counts, rows,
     BLOCK: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
-    """A program per BLOCK rows; each adds up the lengths of all sequences for itself. Absent log-probs are the advantages' memory, which
+    """A program per BLOCK rows; each adds up all lengths for itself. Absent log-probs are the advantages' memory, which
     is not read for them."""
     tokens, counting, lowest = tl.zeros((), tl.int64) + rows, (tl.zeros((), tl.int64) + rows > 0).to(tl.int64), tl.zeros((), tl.int64)
     if lengths is not None:
@@ -251,6 +252,8 @@ def loss_rows_kernel(
             counting_of += (length > 0).to(tl.int64)
             lowest_of = tl.minimum(lowest_of, length)
         tokens, counting, lowest = tl.sum(tokens_of, 0), tl.sum(counting_of, 0), tl.min(lowest_of, 0)
+        if cu_seqlens is None:
+            counting = (tokens > 0).to(tl.int64)
     poison = tl.where(lowest < 0, float("nan"), 0.0)
     if tl.program_id(0) == 0:
         tl.store(counts, tokens.to(tl.float32) + poison)
@@ -395,7 +398,8 @@ def plan_loss_rows(
     counts: Tensor,
 ) -> list[Launch]:
     """What `loss_rows` launches, in this order."""
-    rows, sequences = len(live), 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    rows, part = len(live), targets.LENGTHS_PART
+    sequences = triton.cdiv(rows, part) if cu_seqlens is None else len(cu_seqlens) - 1  # or parts of everything
     given = ((layout.HAS_OLD, old_logp), (layout.HAS_REF, ref_logp), (layout.HAS_ROLLOUT, rollout_logp))
     arguments: dict[str, Any] = {
         "advantages": advantages,
@@ -423,7 +427,8 @@ def plan_loss_rows(
     if mask is not None or cu_seqlens is not None:
         lengths = torch.empty(sequences, dtype=torch.int64, device=lines.device)
         arguments["lengths"] = lengths
-        of_lengths = {"mask": mask, "cu_seqlens": cu_seqlens, "lengths": lengths, "rows": rows, "BLOCK": targets.LENGTHS.columns}
+        of_lengths = {"mask": mask, "cu_seqlens": cu_seqlens, "lengths": lengths, "rows": rows}
+        of_lengths |= {"BLOCK": targets.LENGTHS.columns, "PART": part}
         if sequences:
             launches.append(Launch(lengths_kernel, sequences, of_lengths, targets.LENGTHS.warps))
     blocks = max(1, triton.cdiv(rows, targets.ROWS.columns))  # one without rows too: it writes the counts

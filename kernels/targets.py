@@ -60,6 +60,7 @@ BIAS_ROWS = 256  # rows summed by one program; the sums of the programs are adde
 KEEP = Block(4, 512)  # entries of a row's keep set, a step
 ROWS = Block(4, 128)  # rows, where a kernel has one number a row
 LENGTHS = Block(4, 1024)  # tokens of a sequence, and lengths of sequences, a step
+LENGTHS_PART = 4096  # tokens that one program counts where there are no sequences
 OBJECTIVE = Block(4, 512)  # rows whose terms one program adds up
 METRICS = Block(4, 128)  # sums of such programs, a step
 ADVANTAGES = Pairs(4, 8, 128)  # eight pairs a thread; few rollouts a program, so that a batch of 512 occupies 64 processors

@@ -146,6 +146,7 @@ def block(backend, monkeypatch):
 
     for name, columns in {"ROWS": 16, "OBJECTIVE": 16, "LENGTHS": 16, "METRICS": 2}.items():
         monkeypatch.setattr(targets, name, targets.Block(4, columns))
+    monkeypatch.setattr(targets, "LENGTHS_PART", 32)
     return 16
 
 
@@ -154,7 +155,8 @@ def test_any_number_of_rows(backend, block, blocks, more):
     """Blocks of rows are added up, the last one not whole."""
     rows = blocks * block + more
     Case(rows, seed=rows).check(LossOptions("grpo", beta=0.1), backend)
-    Case(rows, seed=rows, sequences=False, masked=False).check(LossOptions("dapo"), backend)
+    for masked in (False, True):
+        Case(rows, seed=rows, sequences=False, masked=masked).check(LossOptions("dapo"), backend)
 
 
 def test_many_sequences(backend, block):
