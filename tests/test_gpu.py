@@ -255,6 +255,54 @@ def steps_on(p: Problem, late: Problem, backend: str, name: str) -> list[Tensor]
     return steps(p, backend)[name]()
 
 
+@pytest.mark.skipif(
+    not SIMULATED, reason="counted by the simulated device: transformers itself waits, which a real one would not let through"
+)
+def test_the_learner_waits_once_a_batch(tiny_model_dir, monkeypatch):
+    """For the sums of all micro-batches; what the model's body waits for is not counted."""
+    import simulated_gpu
+    from transformers import AutoModelForCausalLM
+
+    from urlvr_fast.trainer.batch import RolloutBatch
+    from urlvr_fast.trainer.config import LossConfig, TrainerConfig
+    from urlvr_fast.trainer.learner import Learner
+
+    monkeypatch.setenv("URLVR_FAST_BACKEND", "torch")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).cuda()
+    learner = Learner(model, trainer=TrainerConfig(micro_batch_tokens=64), loss=LossConfig(), dtype="float32", max_response_tokens=16)
+    rollouts, prompt, response = 16, 4, 6
+    tokens = rollouts * (prompt + response)
+    with torch.device("cpu"):
+        batch = RolloutBatch(
+            tokens=torch.arange(tokens) % 20,
+            cu_seqlens=torch.arange(0, tokens + 1, prompt + response),
+            prompt_lens=torch.full((rollouts,), prompt),
+            group_ids=torch.arange(rollouts) // 4,
+            sampled_logp=torch.full((rollouts * response,), -2.0),
+            temperature=1.0,
+            prompt_ids=["a"] * rollouts,
+            prompts=["?"] * rollouts,
+            completions=["!"] * rollouts,
+            finish_reasons=["stop"] * rollouts,
+        )
+        advantages = torch.arange(rollouts) - 7.5
+        in_body = 0
+
+        def begins(*_):
+            nonlocal in_body
+            in_body -= simulated_gpu.host_reads()
+
+        def ends(*_):
+            nonlocal in_body
+            in_body += simulated_gpu.host_reads()
+
+        model.base_model.register_forward_pre_hook(begins)
+        model.base_model.register_forward_hook(ends)
+        before = simulated_gpu.host_reads()
+        learner.accumulate(batch, advantages)
+    assert simulated_gpu.host_reads() - before - in_body == 1
+
+
 # ---- the same bits ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -312,7 +312,7 @@ def loss_rows(
     def vector(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.detach().to(device=device, dtype=dtype)
 
-    count = torch.as_tensor(mask.sum(), dtype=dtype, device=device)
+    count = mask.sum().to(dtype)
     rows = LossRows(
         advantages=advantages,
         mask=mask,
@@ -332,7 +332,9 @@ def loss_rows(
         if given is None:
             assert otherwise is not None
             return _reciprocal(otherwise)
-        return _reciprocal(torch.as_tensor(given, dtype=dtype, device=device))
+        if not isinstance(given, Tensor):  # made on the device: a copy to it would be waited for
+            return _reciprocal(mask.new_full((), given, dtype=dtype))
+        return _reciprocal(given.to(device=device, dtype=dtype, non_blocking=True))
 
     of_tokens = options.loss_type not in (*SEQUENCE_RATIO, *SEQUENCE_MEAN, "dr_grpo")
     sequences = None if rows.lengths is None else (rows.lengths > 0).sum().to(dtype)

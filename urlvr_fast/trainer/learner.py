@@ -151,11 +151,11 @@ class Learner:
                     hidden,
                     self._head.weight,
                     ids,
-                    advantages=advantages[rows].to(self._device),
+                    advantages=self._sent(advantages[rows]),
                     cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),  # on the host: it says where chunks may be cut
-                    rollout_logp=batch.sampled_logp[where].to(self._device),
-                    old_logp=None if batch.old_logp is None else batch.old_logp[where].to(self._device),
-                    ref_logp=batch.ref_logp[where].to(self._device) if batch.ref_logp is not None and self._loss.kl_coef else None,
+                    rollout_logp=self._sent(batch.sampled_logp[where]),
+                    old_logp=None if batch.old_logp is None else self._sent(batch.old_logp[where]),
+                    ref_logp=self._sent(batch.ref_logp[where]) if batch.ref_logp is not None and self._loss.kl_coef else None,
                     temperature=batch.temperature,
                     chunk_bytes=self._trainer.chunk_bytes,
                     **self._loss_options(tokens, int(trained.sum())),
@@ -213,6 +213,10 @@ class Learner:
             "rollout_correction": loss.rollout_correction,
         }
 
+    def _sent(self, value: Tensor) -> Tensor:
+        """On the model's device. The host goes on: the next micro-batch is made ready while this one runs."""
+        return value.to(self._device, non_blocking=True)
+
     def _precision(self) -> Any:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast)
 
@@ -241,10 +245,10 @@ class Learner:
         flat = _spans(torch.arange(len(rows)) * width + prompts - 1, responses)
         with self._precision():
             hidden = self.model.base_model(
-                input_ids=padded.to(self._device), attention_mask=present.long().to(self._device), use_cache=False
+                input_ids=self._sent(padded), attention_mask=self._sent(present.long()), use_cache=False
             ).last_hidden_state
-        hidden = hidden.flatten(0, 1)[flat.to(self._device)]
-        ids = padded.flatten()[flat + 1].to(self._device)
+        hidden = hidden.flatten(0, 1)[self._sent(flat)]
+        ids = self._sent(padded.flatten()[flat + 1])
         return hidden, ids, _spans(batch.response_cu_seqlens[:-1][rows], responses)
 
 
@@ -262,12 +266,15 @@ class _Totals:
     def result(self) -> dict[str, float]:
         tokens = sum(count for count, _ in self._rows)
         totals = {"loss": 0.0, "clip_frac_low": 0.0, "clip_frac_high": 0.0}
-        for count, metrics in self._rows:
-            totals["loss"] += float(metrics["loss"])
-            for name in ("clip_frac_low", "clip_frac_high"):
-                totals[name] += float(metrics[name]) * count / tokens
-            self.entropy_sum += float(metrics["entropy"]) * count
-            self.gap = larger(self.gap, float(metrics["rollout_gap_max"]))
+        names = (*totals, "entropy", "rollout_gap_max")
+        numbers = torch.stack([metrics[name] for _, metrics in self._rows for name in names]).tolist() if self._rows else []
+        for i, (count, _) in enumerate(self._rows):
+            loss, low, high, entropy, gap = numbers[i * len(names) : (i + 1) * len(names)]
+            totals["loss"] += loss
+            totals["clip_frac_low"] += low * count / tokens
+            totals["clip_frac_high"] += high * count / tokens
+            self.entropy_sum += entropy * count
+            self.gap = larger(self.gap, gap)
         return totals | {"entropy_sum": self.entropy_sum, "logp_gap_max": self.gap}
 
 
