@@ -86,24 +86,29 @@ class PreparedLoss:
         assert values.logp is not None
         return policy_objective(values.logp, values.entropy, values.self_certainty, self.rows, self.options)
 
-    def gradients(self, values: TokenStats) -> dict[str, Tensor]:
-        """d loss / d statistic of every row, (N,), wherever the loss depends on the statistic."""
+    def differentiate(self, values: TokenStats) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The loss, its metrics, and d loss / d statistic of every row, (N,), wherever the loss depends on the statistic."""
         o = self.options
         wanted = ["logp", *(["entropy"] if o.entropy_coef else []), *(["self_certainty"] if o.self_certainty_coef else [])]
         if isinstance(self.rows, PackedRows):
-            upstream = self.rows.evaluate(values, o, differentiate=True)[2]
-            return {name: upstream[LINES[name]] for name in wanted}
+            value, metrics, upstream = self.rows.evaluate(values, o, differentiate=True)
+            return value, metrics, {name: upstream[LINES[name]] for name in wanted}
         leaves = [getattr(values, name).detach() for name in wanted]
 
-        def loss(*leaves: Tensor) -> Tensor:
-            return self.objective(values._replace(**dict(zip(wanted, leaves, strict=True))))[0]
+        def loss(*leaves: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.objective(values._replace(**dict(zip(wanted, leaves, strict=True))))
 
         if torch.compiler.is_compiling():  # which can trace this and not torch.autograd.grad; on its own it takes twice the time
-            found = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
+            every = tuple(range(len(leaves)))
+            found, (value, metrics) = torch.func.grad_and_value(loss, argnums=every, has_aux=True)(*leaves)
         else:
             with torch.enable_grad():
-                found = torch.autograd.grad(loss(*(leaf.requires_grad_() for leaf in leaves)), leaves)
-        return dict(zip(wanted, found, strict=True))
+                value, metrics = loss(*(leaf.requires_grad_() for leaf in leaves))
+                found = torch.autograd.grad(value, leaves)
+        return value.detach(), metrics, dict(zip(wanted, found, strict=True))
+
+    def gradients(self, values: TokenStats) -> dict[str, Tensor]:
+        return self.differentiate(values)[2]
 
     def select(self, rows: Tensor | slice) -> PreparedLoss:
         """These rows alone; only for losses that do not join rows."""

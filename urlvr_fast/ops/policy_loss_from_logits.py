@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,26 +21,33 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _statistics_and_gradient(
+class _Gradient(NamedTuple):
+    """d loss / d logits, the power of two taken out of each of its rows (fp16), and d loss / d bias."""
+
+    d_logits: Tensor
+    row_scale: Tensor | None
+    d_bias: Tensor | None
+
+
+def _loss_and_gradient(
     logits: Tensor, bias: Tensor | None, columns: int, spec: RowSpec, loss: PreparedLoss, inplace: bool, bias_wanted: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The packed statistics, d loss / d logits, the power of two taken out of each of its rows (fp16), and d loss / d bias."""
+) -> tuple[Tensor, dict[str, Tensor], _Gradient]:
     scaled = logits.dtype == torch.float16
     if in_one_kernel(loss, spec) and not bias_wanted:
         call = (logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend, *loss_arguments(loss, scaled))
         if inplace:
-            stats, row_scale = ops.policy_gradient_(*call)
-            return stats, logits, row_scale if scaled else None, None
-        stats, d_logits, row_scale = ops.policy_gradient(*call)
-        return stats, d_logits, row_scale if scaled else None, None
+            (stats, row_scale), d_logits = ops.policy_gradient_(*call), logits
+        else:
+            stats, d_logits, row_scale = ops.policy_gradient(*call)
+        return *loss.objective(unpack(stats, spec.wanted)), _Gradient(d_logits, row_scale if scaled else None, None)
     stats = statistics(logits, bias, columns, spec)
-    upstream = loss.gradients(unpack(stats, spec.wanted))
+    value, metrics, upstream = loss.differentiate(unpack(stats, spec.wanted))
     row_scale = None
     if scaled:
         row_scale = power_of_two_below(torch.stack(list(upstream.values())).abs().sum(0) * abs(spec.scale))
         upstream = {name: g / row_scale for name, g in upstream.items()}
     d_logits, d_bias = gradient(logits, bias, columns, spec, stats, upstream, inplace=inplace, bias_wanted=bias_wanted)
-    return stats, d_logits, row_scale, d_bias
+    return value, metrics, _Gradient(d_logits, row_scale, d_bias)
 
 
 def policy_loss_from_logits(
@@ -116,11 +123,10 @@ def policy_loss_from_logits(
         rows = logits.detach(), values_of_bias, columns, spec
         if not (wants_logits or wants_bias):
             return prepared.objective(unpack(statistics(*rows), spec.wanted))
-        stats, d_logits, row_scale, d_bias = _statistics_and_gradient(*rows, prepared, inplace_backward and wants_logits, wants_bias)
-        value, metrics = prepared.objective(unpack(stats, spec.wanted))
+        value, metrics, made = _loss_and_gradient(*rows, prepared, inplace_backward and wants_logits, wants_bias)
 
     def deliver(factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        ops.scale_rows_(d_logits, factor, row_scale, spec.backend)
-        return d_logits, None if d_bias is None else parameter_gradient(d_bias * factor, bias)
+        ops.scale_rows_(made.d_logits, factor, made.row_scale, spec.backend)
+        return made.d_logits, None if made.d_bias is None else parameter_gradient(made.d_bias * factor, bias)
 
     return GradientInForward.apply("policy_loss_from_logits", value, deliver, logits, bias), metrics
