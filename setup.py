@@ -47,7 +47,7 @@ def compiled_kernels() -> dict:
     make, flags = cpp_extension.CppExtension, {"cxx": CXX}
     if cpp_extension.CUDA_HOME is not None and cuda_torch():
         folders, endings = [*folders, "csrc/cuda"], [".cpp", ".cu"]
-        architectures = [] if "TORCH_CUDA_ARCH_LIST" in os.environ else ARCHITECTURES
+        architectures = [] if chosen_architectures() else ARCHITECTURES
         make, flags = cpp_extension.CUDAExtension, {"cxx": CXX, "nvcc": NVCC + architectures}
     sources = [str(path.relative_to(root)) for folder in folders for path in sorted((root / folder).iterdir()) if path.suffix in endings]
     extension = make("urlvr_fast._C", sources, extra_compile_args=flags, py_limited_api=True)
@@ -58,6 +58,17 @@ def compiled_kernels() -> dict:
         "cmdclass": {"build_ext": cpp_extension.BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+
+
+def chosen_architectures() -> bool:
+    """Whether TORCH_CUDA_ARCH_LIST chooses; those before sm_80, which images often list, lack instructions of the kernels."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    too_old = [name for name in listed if name[:1].isdigit() and float(name.split("+")[0].rstrip("af")) < 8]
+    kept = [name for name in listed if name and name not in too_old]
+    if too_old:
+        print(f"urlvr_fast: the CUDA kernels need sm_80 or newer: not compiled for {', '.join(too_old)}", file=sys.stderr)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(kept)
+    return bool(kept)
 
 
 def cuda_torch() -> bool:

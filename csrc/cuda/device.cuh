@@ -128,7 +128,13 @@ void launch(const char* op, void (*kernel)(P...), int64_t grid, int block, size_
             const A&... arguments) {
   if (grid == 0) return;
   if (grid > INT32_MAX) throw std::runtime_error(std::string("urlvr_fast ") + op + ": too many rows for one launch");
-  if (shared > 48 * 1024) check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  if (shared > 48 * 1024) {
+    // Always to all there is: two threads, or two launches of one graph, that want different sizes must not take the limit down again.
+    int device = 0, most = 0;
+    check(op, cudaGetDevice(&device));
+    check(op, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  }
   if (cluster > 0) check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(grid));
@@ -141,8 +147,16 @@ void launch(const char* op, void (*kernel)(P...), int64_t grid, int block, size_
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = cluster > 0 ? 1 : 0;
-  check(op, cudaLaunchKernelEx(&config, kernel, P(arguments)...));
-  check(op, cudaGetLastError());
+  check(op, cudaLaunchKernelEx(&config, kernel, P(arguments)...));  // not cudaGetLastError as well: that may be someone else's
+}
+
+// Whether the code that runs here was compiled for an architecture with clusters. A build for older ones alone runs on newer GPUs too, from
+// its PTX, in which a kernel that uses clusters has no body.
+template <class... P>
+bool compiled_with_clusters(const char* op, void (*kernel)(P...)) {
+  cudaFuncAttributes attributes = {};
+  check(op, cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
 }
 
 }  // namespace urlvr::cuda

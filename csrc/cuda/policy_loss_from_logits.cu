@@ -19,10 +19,11 @@ void policy(ROW_ARGUMENTS, Tensor loss, int64_t present, int64_t loss_kind, int6
   if (rows.count == 0) return;
   const int32_t index = logits.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
-  const Device device = device_of(OP, index);
+  Device device = device_of(OP, index);
   with_kind(OP, logits, rows, [&](auto type, auto general) {
     using T = decltype(type);
     constexpr bool GENERAL = decltype(general)::value;
+    device.clusters = device.clusters && compiled_with_clusters(OP, cluster_kernel<T, GENERAL>);
     const PolicyPlan plan = plan_policy<T, GENERAL>(rows, device);
     std::optional<Tensor> scratch;
     if (plan.scratch_bytes) scratch = scratch_of(stats, plan.scratch_bytes);

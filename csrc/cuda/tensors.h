@@ -29,9 +29,10 @@ inline void check_dense(const char* op, const char* name, const Tensor& t, Scala
 inline void check_like_logits(const char* op, const char* name, const Tensor& t, const Tensor& logits) {
   STD_TORCH_CHECK(t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1), "urlvr_fast ", op, ": ", name,
                   " must be (A, B, V) with a last stride of 1");
-  STD_TORCH_CHECK(t.is_cuda() && t.scalar_type() == logits.scalar_type() && t.size(0) == logits.size(0) && t.size(1) == logits.size(1) &&
-                      t.size(2) == logits.size(2),
-                  "urlvr_fast ", op, ": ", name, " is not like the logits");
+  const bool same_place = t.is_cuda() && t.get_device_index() == logits.get_device_index();
+  const bool same_shape = t.size(0) == logits.size(0) && t.size(1) == logits.size(1) && t.size(2) == logits.size(2);
+  STD_TORCH_CHECK(same_place && same_shape && t.scalar_type() == logits.scalar_type(), "urlvr_fast ", op, ": ", name,
+                  " is not like the logits");
 }
 
 // The elements of a dense tensor, which must be `number` where that is not −1. `logits`: any tensor of the device.
