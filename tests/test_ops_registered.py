@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from urlvr_fast import linear_policy_loss, linear_token_stats, policy_loss, policy_loss_from_logits, token_stats
+from urlvr_fast import group_advantages, linear_policy_loss, linear_token_stats, policy_loss, policy_loss_from_logits, token_stats
 from urlvr_fast.ops import row_ops  # noqa: F401  (registers the ops)
 from urlvr_fast.ops.layout import HAS_OLD, HAS_REF, HAS_ROLLOUT, LOSS_LINES
 from urlvr_fast.ops.reference import LOSS_TYPES
@@ -153,3 +154,64 @@ def test_the_upstream_gradient_multiplies_the_one_made_in_the_forward(dtype, fac
     (policy_loss_from_logits(first, IDS, advantages=ADVANTAGES)[0] * factor).backward()
     policy_loss_from_logits(second, IDS, advantages=factor * ADVANTAGES, eps_low=1.0, eps_high=1e9)[0].backward()
     torch.testing.assert_close(first.grad, second.grad)
+
+
+class Seen(TorchDispatchMode):
+    """Notes the ops of ours that go through torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "urlvr_fast":
+            self.names.add(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_sees_the_ops_and_the_bits_are_those_of_the_short_way():
+    logits = torch.randn(N, V).requires_grad_()
+
+    def run():
+        loss, metrics = policy_loss_from_logits(logits, IDS, advantages=ADVANTAGES)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        values = token_stats(logits.detach(), IDS, outputs=("logp", "entropy"))
+        return loss, *metrics.values(), gradient, values.logp, values.entropy, group_advantages(ADVANTAGES, IDS)
+
+    with Seen() as seen:
+        watched = run()
+    assert {"loss_rows", "policy_gradient", "policy_objective", "scale_rows_", "token_stats", "group_advantages"} <= seen.names
+    for a, b in zip(watched, run(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_plain_eager_calls_go_past_the_dispatcher():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        leaf = torch.randn(N, V).requires_grad_()
+        token_stats(leaf, IDS, outputs=("logp", "entropy")).logp.sum().backward()
+    seen = {event.key for event in profile.key_averages()}
+    assert leaf.grad is not None
+    assert not {"urlvr_fast::token_stats", "urlvr_fast::token_stats_backward"} & seen
+
+
+def test_what_nobody_differentiates_takes_no_part_in_the_gradient():
+    leaf = torch.randn(N, V).requires_grad_()
+    stats = token_stats(leaf, IDS, outputs=("logp", "entropy", "self_certainty", "argmax", "max_prob"))
+    assert not stats.argmax.requires_grad
+    assert not stats.max_prob.requires_grad
+    (alone,) = torch.autograd.grad(stats.logp.sum(), leaf)
+    (expected,) = torch.autograd.grad(token_stats(leaf, IDS, outputs="logp").logp.sum(), leaf)
+    torch.testing.assert_close(alone, expected)
+
+
+@pytest.mark.parametrize("name", ["logp", "entropy", "max_prob"])
+def test_statistics_that_a_gradient_needs_are_not_changed_in_place_unnoticed(name):
+    leaf = torch.randn(N, V).requires_grad_()
+    stats = token_stats(leaf, IDS, outputs=("logp", "entropy", "max_prob"))
+
+    def change_and_differentiate():
+        getattr(stats, name).mul_(2)
+        (stats.logp.sum() + stats.entropy.sum()).backward()
+
+    with pytest.raises(RuntimeError, match="inplace"):
+        change_and_differentiate()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from urlvr_fast.ops import checks, reference
 from urlvr_fast.ops.backend import choose_backend, kernels
+from urlvr_fast.ops.registered import define
 
 # ---- the op that torch knows -----------------------------------------------------------------------------------------------------------
 
@@ -37,13 +38,12 @@ def _run(rewards: Tensor, group_ids: Tensor, mask: Tensor | None, scale: str, ba
     return out
 
 
-_library = torch.library.Library("urlvr_fast", "FRAGMENT")
-_library.define(
-    "group_advantages(Tensor rewards, Tensor group_ids, Tensor? mask, str scale, str baseline, float eps, str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_advantages = define(
+    "group_advantages",
+    "(Tensor rewards, Tensor group_ids, Tensor? mask, str scale, str baseline, float eps, str backend) -> Tensor",
+    _run,
+    lambda rewards, *_: rewards.new_empty(rewards.shape),
 )
-_library.impl("group_advantages", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("urlvr_fast::group_advantages", lambda rewards, *_: rewards.new_empty(rewards.shape), lib=_library)
 
 
 # ---- the function that users see -------------------------------------------------------------------------------------------------------
@@ -100,4 +100,4 @@ def group_advantages(
     if backend == "cuda":
         raise RuntimeError("backend='cuda' has no kernel for group_advantages: pass backend='triton' or 'torch'")
     rewards = rewards.detach() if rewards.requires_grad else rewards
-    return torch.ops.urlvr_fast.group_advantages(rewards, group_ids, mask, scale, baseline, float(eps), backend)
+    return _advantages(rewards, group_ids, mask, scale, baseline, float(eps), backend)

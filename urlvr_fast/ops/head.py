@@ -16,7 +16,7 @@ from torch import Tensor
 from urlvr_fast.ops import products
 from urlvr_fast.ops.layout import Stat
 from urlvr_fast.ops.reference import accumulation_dtype
-from urlvr_fast.ops.row_ops import Upstream, gradient, ops, statistics
+from urlvr_fast.ops.row_ops import Upstream, gradient, scale_rows_, statistics
 from urlvr_fast.ops.spec import RowSpec, readable
 
 CHUNK_BYTES = 256 << 20
@@ -262,7 +262,7 @@ class HeadRows:
         """Multiply the gradients by a 0-d factor, on the device; nothing is read or written where it is 1."""
         for value in (self.d_hidden, self.d_weight):
             if value is not None and value.numel():
-                ops.scale_rows_(value, factor, None, self.spec.backend)
+                scale_rows_(value, factor, None, self.spec.backend)
         if self.d_bias is not None:
             self.d_bias.mul_(factor)
 

@@ -19,7 +19,7 @@ from urlvr_fast.ops.backend import choose_backend
 from urlvr_fast.ops.head import CHUNK_BYTES, HeadRows, parameter_gradient, without_autocast
 from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, in_one_kernel, loss_arguments, prepare_loss, unless_all
 from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
-from urlvr_fast.ops.row_ops import ops, power_of_two_below, unpack
+from urlvr_fast.ops.row_ops import policy_gradient_, policy_gradient_out, power_of_two_below, unpack
 from urlvr_fast.ops.spec import STATISTICS, readable
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class _Run:
             return
         spec, out = rows.spec.select(chunk), rows.narrow_tile(tile)
         call = (tile, rows.bias, *spec.arguments(self.columns), self.columns, spec.flags, spec.backend, *loss_arguments(self._part(chunk)))
-        stats, _ = ops.policy_gradient_(*call) if out is None else ops.policy_gradient_out(*call, out)
+        stats, _ = policy_gradient_(*call) if out is None else policy_gradient_out(*call, out)
         self._keep(stats, chunk)
         rows.add_products(tile if out is None else out, operand, rows.of_all(chunk))
 

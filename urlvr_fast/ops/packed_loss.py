@@ -30,7 +30,7 @@ from urlvr_fast.ops.layout import (
     Weighing,
 )
 from urlvr_fast.ops.reference import SEQUENCE_MEAN, LossOptions, TokenStats
-from urlvr_fast.ops.row_ops import define
+from urlvr_fast.ops.registered import define
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------------------------
 
@@ -59,21 +59,20 @@ def _objective(
     return metrics, upstream
 
 
-define(
+loss_rows = define(
     "loss_rows",
     "(Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? old_logp, Tensor? ref_logp, Tensor? rollout_logp, Tensor? denominator, "
     "SymInt rows, float number, int weighing, str backend) -> (Tensor, Tensor, Tensor)",
     _loss_rows,
     lambda advantages, *rest: _new_rows(advantages, rest[6]),
 )
-define(
+policy_objective = define(
     "policy_objective",
     "(Tensor logp, Tensor? entropy, Tensor? self_certainty, Tensor lines, Tensor live, Tensor counts, int present, int kind, int kl, "
     "int correction, float[] numbers, bool differentiate, str backend) -> (Tensor, Tensor)",
     _objective,
     lambda logp, *rest: _new_results(logp, rest[-2]),
 )
-ops = torch.ops.urlvr_fast
 
 
 # ---- what the other files call ---------------------------------------------------------------------------------------------------------
@@ -142,7 +141,7 @@ class PackedRows:
         optional = (old_logp, ref_logp, rollout_logp)
         present = sum(bit for bit, value in zip((HAS_OLD, HAS_REF, HAS_ROLLOUT), optional, strict=True) if value is not None)
         call = (advantages, mask, cu_seqlens, *optional, denominator, rows, number, int(weighing), backend)
-        lines, live, counts = ops.loss_rows(*call)
+        lines, live, counts = loss_rows(*call)
         return PackedRows(lines, live, counts, mask, present, cu_seqlens is not None, backend)
 
     @property
@@ -183,7 +182,7 @@ class PackedRows:
         statistics of every row, (GRADS, N) where it is wanted."""
         given = [None if value is None else value.contiguous() for value in (values.logp, values.entropy, values.self_certainty)]
         kinds = kernel_kinds(options, self.present)
-        results, upstream = ops.policy_objective(*given, self.lines, self.live, self.counts, *kinds, differentiate, self.backend)
+        results, upstream = policy_objective(*given, self.lines, self.live, self.counts, *kinds, differentiate, self.backend)
         there = {
             "loss": False,  # not a metric
             "sequences": self.sequences,

@@ -14,7 +14,15 @@ from urlvr_fast.ops.backend import choose_backend
 from urlvr_fast.ops.head import parameter_gradient
 from urlvr_fast.ops.policy_loss import LossArguments, PreparedLoss, in_one_kernel, loss_arguments, prepare_loss, unless_all
 from urlvr_fast.ops.reference import accumulation_dtype
-from urlvr_fast.ops.row_ops import gradient, ops, power_of_two_below, statistics, unpack
+from urlvr_fast.ops.row_ops import (
+    gradient,
+    policy_gradient,
+    policy_gradient_,
+    power_of_two_below,
+    scale_rows_,
+    statistics,
+    unpack,
+)
 from urlvr_fast.ops.spec import RowSpec
 
 if TYPE_CHECKING:
@@ -36,9 +44,9 @@ def _loss_and_gradient(
     if in_one_kernel(loss, spec) and not bias_wanted:
         call = (logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend, *loss_arguments(loss, scaled))
         if inplace:
-            (stats, row_scale), d_logits = ops.policy_gradient_(*call), logits
+            (stats, row_scale), d_logits = policy_gradient_(*call), logits
         else:
-            stats, d_logits, row_scale = ops.policy_gradient(*call)
+            stats, d_logits, row_scale = policy_gradient(*call)
         return *loss.objective(unpack(stats, spec.wanted)), _Gradient(d_logits, row_scale if scaled else None, None)
     stats = statistics(logits, bias, columns, spec)
     value, metrics, upstream = loss.differentiate(unpack(stats, spec.wanted))
@@ -126,7 +134,7 @@ def policy_loss_from_logits(
         value, metrics, made = _loss_and_gradient(*rows, prepared, inplace_backward and wants_logits, wants_bias)
 
     def deliver(factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        ops.scale_rows_(made.d_logits, factor, made.row_scale, spec.backend)
+        scale_rows_(made.d_logits, factor, made.row_scale, spec.backend)
         return made.d_logits, None if made.d_bias is None else parameter_gradient(made.d_bias * factor, bias)
 
     return GradientInForward.apply("policy_loss_from_logits", value, deliver, logits, bias), metrics

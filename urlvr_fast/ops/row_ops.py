@@ -2,9 +2,8 @@
 
 `token_stats` carries autograd, `token_stats_backward` makes a new tensor, `token_stats_backward_` writes over the logits, `…_out` into a
 tensor of any dtype. `policy_gradient`, `…_` and `…_out` make the gradient of a policy loss in the forward alike, `scale_rows_` multiplies
-it in the backward. Each runs the kernel
-package of `backend` (see `layout.py`) and has a fake kernel, so that torch.compile sees one node. Below them: `statistics` and `gradient`,
-what the other files call.
+it in the backward. Each runs the kernel package of `backend` (see `layout.py`); the functions of those names here call the ops (see
+`registered.py`). Below them: `statistics` and `gradient`, what the other files call.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from urlvr_fast.ops.autograd import first_order
 from urlvr_fast.ops.backend import kernels
 from urlvr_fast.ops.layout import GRADS, RAW, STATS
 from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
+from urlvr_fast.ops.registered import define, library
 from urlvr_fast.ops.rows import LOWEST, Partials, finish, safe
 from urlvr_fast.ops.shards import Shard
 from urlvr_fast.ops.spec import LINES, STATISTICS, RowSpec, grids
@@ -30,14 +30,6 @@ _ROWS = (
 _LOSS = "Tensor loss, int present, int kind, int kl, int correction, float[] numbers, bool scaled"
 _BACKWARD = "Tensor stats, Tensor upstream, int given, bool bias_wanted"
 DIFFERENTIABLE_FLAGS = (1 << GRADS) - 1  # the flags' bits of the lines that have a gradient
-_library = torch.library.Library("urlvr_fast", "FRAGMENT")
-
-
-def define(name: str, schema: str, run: Any, fake: Any) -> None:
-    """Make `torch.ops.urlvr_fast.<name>`: one function for all devices, and one that knows the shapes alone."""
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"urlvr_fast::{name}", fake, lib=_library)
 
 
 # ---- running a kernel over logits of any leading shape ---------------------------------------------------------------------------------
@@ -58,9 +50,12 @@ def _zero_beyond(tensor: Tensor, columns: int) -> None:
 
 def _pieces(logits: Tensor, columns: int, rows: tuple) -> list[tuple[slice, tuple]]:
     """(rows, their arguments for a kernel package, without the flags) for each piece of the logits that has regular strides."""
+    pieces = grids(_columns(logits, columns))
+    if len(pieces) == 1:
+        return [(slice(0, _rows_of(logits)), (pieces[0][1], *rows))]
     bias, ids, mask, temperatures, crow, col, *numbers = rows
     out = []
-    for start, grid in grids(_columns(logits, columns)):
+    for start, grid in pieces:
         here = slice(start, start + grid.shape[0] * grid.shape[1])
         per_row = (None if value is None else value[here] for value in (ids, mask, temperatures))
         offsets = None if crow is None else crow[here.start : here.stop + 1]
@@ -195,50 +190,49 @@ def _small(logits: Tensor, shape: tuple[int]) -> Tensor:
     return logits.new_empty(shape, dtype=accumulation_dtype(logits.dtype))
 
 
-define("token_stats", f"(Tensor logits, {_ROWS}) -> Tensor", _statistics, lambda logits, *_: _packed(logits, STATS))
-define(
+token_stats = define("token_stats", f"(Tensor logits, {_ROWS}) -> Tensor", _statistics, lambda logits, *_: _packed(logits, STATS))
+token_stats_backward = define(
     "token_stats_backward",
     f"(Tensor logits, {_ROWS}, {_BACKWARD}) -> (Tensor, Tensor)",
     _backward,
     lambda logits, *rest: (_contiguous(logits), _small(logits, _bias_shape(rest))),
 )
-define(
+token_stats_backward_ = define(
     "token_stats_backward_",
     f"(Tensor(a!) logits, {_ROWS}, {_BACKWARD}) -> Tensor",
     _backward_,
     lambda logits, *rest: _small(logits, _bias_shape(rest)),
 )
-define(
+token_stats_backward_out = define(
     "token_stats_backward_out",
     f"(Tensor logits, {_ROWS}, {_BACKWARD}, Tensor(a!) out) -> Tensor",
     _backward_out,
     lambda logits, *rest: _small(logits, _bias_shape(rest[:-1])),
 )
-define(
+policy_gradient = define(
     "policy_gradient",
     f"(Tensor logits, {_ROWS}, {_LOSS}) -> (Tensor, Tensor, Tensor)",
     _policy_gradient,
     lambda logits, *rest: (_packed(logits, STATS), _contiguous(logits), _small(logits, _scale_shape(logits, rest))),
 )
-define(
+policy_gradient_ = define(
     "policy_gradient_",
     f"(Tensor(a!) logits, {_ROWS}, {_LOSS}) -> (Tensor, Tensor)",
     _policy_gradient_,
     lambda logits, *rest: (_packed(logits, STATS), _small(logits, _scale_shape(logits, rest))),
 )
-define(
+policy_gradient_out = define(
     "policy_gradient_out",
     f"(Tensor logits, {_ROWS}, {_LOSS}, Tensor(a!) out) -> (Tensor, Tensor)",
     _policy_gradient_out,
     lambda logits, *rest: (_packed(logits, STATS), _small(logits, _scale_shape(logits, rest[:-1]))),
 )
-define(
+scale_rows_ = define(
     "scale_rows_",
     "(Tensor(a!) gradient, Tensor factor, Tensor? row_scale, str backend) -> ()",
     _scale_rows_,
     lambda *_: None,
 )
-ops = torch.ops.urlvr_fast
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -251,11 +245,11 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     *rows, stats = ctx.saved_tensors
     given = ctx.rest[-2] & DIFFERENTIABLE_FLAGS
-    gradient, bias_grad = ops.token_stats_backward(*rows, *ctx.rest, stats, upstream[:GRADS].contiguous(), given, ctx.needs_input_grad[1])
+    gradient, bias_grad = token_stats_backward(*rows, *ctx.rest, stats, upstream[:GRADS].contiguous(), given, ctx.needs_input_grad[1])
     return gradient, bias_grad if ctx.needs_input_grad[1] else None, *(None,) * 13
 
 
-torch.library.register_autograd("urlvr_fast::token_stats", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("urlvr_fast::token_stats", _differentiate, setup_context=_save, lib=library)
 
 
 # ---- what the other files call ---------------------------------------------------------------------------------------------------------
@@ -269,8 +263,8 @@ def statistics(logits: Tensor, bias: Tensor | None, columns: int, spec: RowSpec,
     all_finite: no logit is −inf, so that shards need not tell each other how many are.
     """
     if spec.shard is None:
-        return ops.token_stats(logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend)
-    sums = ops.token_stats(logits, bias, *spec.arguments(columns), columns, spec.flags | RAW, spec.backend)
+        return token_stats(logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend)
+    sums = token_stats(logits, bias, *spec.arguments(columns), columns, spec.flags | RAW, spec.backend)
     return finish(_merge_shards(Partials(*sums), spec, spec.shard, all_finite), spec.flags, spec.keep is not None, spec.mask)
 
 
@@ -298,12 +292,12 @@ def gradient(
             given |= 1 << line
     call = (logits, bias, *spec.arguments(columns), columns, spec.flags, spec.backend, stats, lines, given, bias_wanted)
     if out is not None:
-        bias_grad = ops.token_stats_backward_out(*call, out)
+        bias_grad = token_stats_backward_out(*call, out)
         return out, bias_grad if bias_wanted else None
     if inplace:
-        bias_grad = ops.token_stats_backward_(*call)
+        bias_grad = token_stats_backward_(*call)
         return logits, bias_grad if bias_wanted else None
-    out, bias_grad = ops.token_stats_backward(*call)
+    out, bias_grad = token_stats_backward(*call)
     return out, bias_grad if bias_wanted else None
 
 

@@ -75,27 +75,26 @@ def select_keep(keep: Keep, rows: Tensor | slice) -> Keep:
     return new_crow, col[shift + torch.arange(len(shift), device=col.device)]
 
 
-def grids(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+def grids(tensor: Tensor) -> list[tuple[int, Tensor]]:
     """Split (…, V) with any leading strides into (first row, (A, B, V) view) pieces in row order, without a copy; nearly always one."""
+    if tensor.is_contiguous():  # what `_split` would find too, in more time than a small kernel takes
+        return [(0, tensor.view(1, -1, tensor.shape[-1]))] if tensor.numel() else []
+    return list(_split(0, tensor)) if tensor.numel() else []
 
-    def split(start: int, t: Tensor) -> Iterator[tuple[int, Tensor]]:
-        merged: list[tuple[int, int]] = []  # (size, stride) of the leading dimensions, merged where they lie end to end
-        for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
-            if size == 1:
-                continue
-            if merged and merged[-1][1] == size * stride:
-                merged[-1] = (merged[-1][0] * size, stride)
-            else:
-                merged.append((size, stride))
-        if len(merged) <= 2:
-            (a, a_stride), (b, b_stride) = [(1, 0)] * (2 - len(merged)) + merged
-            yield start, t.as_strided((a, b, t.shape[-1]), (a_stride, b_stride, 1))
+
+def _split(start: int, t: Tensor) -> Iterator[tuple[int, Tensor]]:
+    merged: list[tuple[int, int]] = []  # (size, stride) of the leading dimensions, merged where they lie end to end
+    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
         else:
-            rows = t[0].numel() // t.shape[-1]
-            for i in range(t.shape[0]):
-                yield from split(start + i * rows, t[i])
-
-    if tensor.is_contiguous() and tensor.numel():
-        yield 0, tensor.view(1, -1, tensor.shape[-1])  # what follows would find this too, in more time than a small kernel takes
-    elif tensor.numel():
-        yield from split(0, tensor)
+            merged.append((size, stride))
+    if len(merged) <= 2:
+        (a, a_stride), (b, b_stride) = [(1, 0)] * (2 - len(merged)) + merged
+        yield start, t.as_strided((a, b, t.shape[-1]), (a_stride, b_stride, 1))
+    else:
+        rows = t[0].numel() // t.shape[-1]
+        for i in range(t.shape[0]):
+            yield from _split(start + i * rows, t[i])

@@ -11,31 +11,35 @@ from torch.autograd import Function
 
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import first_order
-from urlvr_fast.ops.layout import GRADS
-from urlvr_fast.ops.reference import TokenStats, accumulation_dtype
+from urlvr_fast.ops.reference import DIFFERENTIABLE, TokenStats, accumulation_dtype
 from urlvr_fast.ops.row_ops import gradient, statistics, unpack
 from urlvr_fast.ops.spec import RowSpec
 
 
 class _TokenStats(Function):
-    """The packed statistics where the registered op does not do: shards talk to each other, and a gradient in place changes an input.
-    Outside a compiled graph it always is the one: torch takes longer to find the registered op's gradient than a small kernel runs."""
+    """The statistics that were asked for, in the order of `TokenStats`, where the registered op does not do: shards talk to each other, and
+    a gradient in place changes an input. Outside a compiled graph it always is the one: what nobody differentiates takes no part in the
+    gradient, and torch takes longer to find the registered op's gradient than a small kernel runs."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, bias: Tensor | None, spec: RowSpec, columns: int, inplace: bool) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, bias: Tensor | None, spec: RowSpec, columns: int, inplace: bool) -> tuple[Tensor, ...]:
         stats = statistics(logits, bias, columns, spec)
         ctx.save_for_backward(logits, bias, stats)
         ctx.op, ctx.single_use, ctx.spec, ctx.columns = "token_stats", inplace, spec, columns
-        return stats
+        values = unpack(stats, spec.wanted)
+        ctx.names = [name for name, value in values._asdict().items() if value is not None]
+        ctx.mark_non_differentiable(*(getattr(values, name) for name in ctx.names if name not in DIFFERENTIABLE))
+        ctx.set_materialize_grads(False)
+        return tuple(value for value in values if value is not None)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, bias, stats = ctx.saved_tensors
-        lines, bias_wanted = upstream[:GRADS].contiguous(), ctx.needs_input_grad[1]
+        given = {name: g for name, g in zip(ctx.names, upstream, strict=True) if g is not None and name in DIFFERENTIABLE}
         # detach() shares the version counter: autograd notices when someone else had saved these logits
         d_logits, d_bias = gradient(
-            logits.detach(), bias, ctx.columns, ctx.spec, stats, lines, inplace=ctx.single_use, bias_wanted=bias_wanted
+            logits.detach(), bias, ctx.columns, ctx.spec, stats, given, inplace=ctx.single_use, bias_wanted=ctx.needs_input_grad[1]
         )
         return d_logits, d_bias, None, None, None
 
@@ -82,7 +86,8 @@ def token_stats(
         bias: (V,), added before the softcap; differentiable.
         mask: (…) bool, True counts. A masked row returns 0, has gradient 0, and neither its logits nor its id matter.
         keep: top-p/top-k keep set as CSR (crow (N + 1,), col (nnz,)) over the N = prod(…) rows, each column at most once a row. `logp` is
-            renormalised on it (−inf for an id outside), and so is `entropy` with entropy_support="keep"; the rest stays full.
+            renormalised on it (−inf for an id outside), and so is `entropy` with entropy_support="keep"; the rest stays full. On CUDA
+            nobody checks crow: it must rise from 0 to nnz.
         vocab_size: only the first so many columns exist (a padded vocabulary); the others get gradient 0.
         inplace_backward: the backward writes the gradient over the logits. Whoever reads that tensor afterwards sees gradients, and
             autograd raises where another operation had saved it. Only for logits that some operation produced; one backward only.
@@ -128,8 +133,8 @@ def token_stats(
     bias = None if bias is None else bias[:columns].to(dtype)
     wants_gradient = torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))
     if inplace_backward or spec.shard is not None or (wants_gradient and not torch.compiler.is_compiling()):
-        stats = _TokenStats.apply(logits, bias, spec, columns, inplace_backward)
+        given = _TokenStats.apply(logits, bias, spec, columns, inplace_backward)
+        values = TokenStats(**dict(zip(names, given, strict=True)))
     else:
-        stats = statistics(logits, bias, columns, spec)
-    values = unpack(stats, spec.wanted)
+        values = unpack(statistics(logits, bias, columns, spec), spec.wanted)
     return values if len(shape) == 1 else TokenStats(*(None if value is None else value.view(shape) for value in values))
