@@ -16,16 +16,13 @@ Conventions, once for all of them:
 * On CUDA nothing waits for the device: contents that cannot be checked for that reason (ids, temperatures, rewards) make their row, or
   their group, NaN. On the CPU they raise. Exceptions, in the torch backend: `group_advantages`, and `shard_group`, which learns the
   sizes of the shards.
-* torch.compile(fullgraph=True) takes token_stats, linear_token_stats, group_advantages, policy_loss and, where one kernel makes the
-  gradient (losses with one term a token, any backend but torch), policy_loss_from_logits and linear_policy_loss. Losses that join the
-  tokens of a sequence differentiate small vectors in the forward, which breaks the graph; so does linear_policy_loss's self-certainty
-  or bias term.
+* torch.compile(fullgraph=True) takes all six functions, with every loss and backend.
 * `shard_group`: columns are this rank's slice of the vocabulary, in rank order; ids are global; every rank calls alike.
 * `backend`: see `backend.py`. A backend that cannot be had raises.
 
-Files, from the top down: one file per op checks its arguments and carries autograd; `row_ops.py` holds what torch sees of rows of
-logits, through `registered.py`; `layout.py` is what goes from there to a kernel package; the packages are `csrc/cpu`, `csrc/cuda`, `kernels/` (Triton) and
-`rows.py` (PyTorch). `head.py` makes the products with the lm_head. `reference.py` defines every op and the loss table in plain torch.
+Files, from the top down: one file per op checks its arguments and carries autograd; `row_ops.py` and `packed_loss.py` hold
+what torch sees of rows of logits and of a loss, through `registered.py`; `layout.py` is what goes from there to a kernel package; the
+packages are `csrc/cpu`, `csrc/cuda`, `kernels/` (Triton) and `rows.py` (PyTorch). `head.py` makes the products with the lm_head. `reference.py` defines every op and the loss table in plain torch.
 """
 
 from urlvr_fast.ops.backend import available_backends
