@@ -566,3 +566,22 @@ def test_errors(op, arguments, error, match):
     if op is linear_token_stats:
         with pytest.raises(ValueError, match="save='all'"):
             op(hidden, weight, ids, outputs="logp", save="all")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [torch.linspace(-1, 1, 14).view(7, 2)[:, 0], torch.tensor([0.5]).expand(7)], ids=["strided", "expanded"])
+def test_a_bias_may_have_any_stride(bias, backend):
+    hidden, weight, ids = torch.randn(5, 3), torch.randn(7, 3), torch.tensor([0, 6, 3, 1, 2])
+    logits, advantages = hidden @ weight.T, torch.linspace(-1, 1, 5)
+    calls = {
+        "token_stats": lambda b: token_stats(logits, ids, outputs="logp", bias=b, backend=backend).logp.sum(),
+        "linear_token_stats": lambda b: linear_token_stats(hidden, weight, ids, outputs="logp", bias=b, backend=backend).logp.sum(),
+        "policy_loss_from_logits": lambda b: policy_loss_from_logits(logits, ids, advantages=advantages, bias=b, backend=backend)[0],
+        "linear_policy_loss": lambda b: linear_policy_loss(hidden, weight, ids, advantages=advantages, bias=b, backend=backend)[0],
+    }
+    for name, call in calls.items():
+        values = [b.detach().requires_grad_() for b in (bias, bias.contiguous())]
+        results = [call(b) for b in values]
+        torch.testing.assert_close(results[0], results[1], msg=name)
+        gradients = [torch.autograd.grad(result, b)[0] for result, b in zip(results, values, strict=True)]
+        torch.testing.assert_close(gradients[0], gradients[1], msg=name)

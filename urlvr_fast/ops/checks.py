@@ -75,7 +75,7 @@ def _temperature(temperature: float | Tensor, shape: tuple[int, ...], device: to
             raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
         return float(temperature)
     if temperature.dim() == 0:
-        temperature = temperature.to(device).expand(shape)
+        temperature = temperature.to(device, non_blocking=True).expand(shape)
     check_rows("temperature", temperature, shape, device, FLOATS)
     flat = temperature.detach().reshape(-1).to(dtype).contiguous()
     wrong = ~(flat > 0) if mask is None else ~(flat > 0) & mask

@@ -124,7 +124,7 @@ class HeadRows:
     ) -> None:
         self.hidden, self.spec, self.index = hidden.detach(), spec, index
         self.head = Head(weight.detach()[:columns], product_dtype, chunk_bytes // SLAB_SHARE)
-        self.bias = None if bias is None else bias.detach()[:columns].to(self.head.dtype)
+        self.bias = None if bias is None else bias.detach()[:columns].to(self.head.dtype).contiguous()
         self.count = len(hidden) if index is None else len(index)
         self.step = self._rows_of_a_chunk(chunk_bytes)
         self._tile: Tensor | None = None

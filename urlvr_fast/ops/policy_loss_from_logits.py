@@ -126,7 +126,7 @@ def policy_loss_from_logits(
         raise TypeError(
             "fp16 logits with a bias that requires grad: their gradients carry different scales; add the bias to the logits before"
         )
-    values_of_bias = None if bias is None else bias.detach()[:columns].to(dtype)
+    values_of_bias = None if bias is None else bias.detach()[:columns].to(dtype).contiguous()
     with torch.no_grad():
         rows = logits.detach(), values_of_bias, columns, spec
         if not (wants_logits or wants_bias):

@@ -130,7 +130,7 @@ def token_stats(
         shard_group=shard_group,
         backend=backend,
     )
-    bias = None if bias is None else bias[:columns].to(dtype)
+    bias = None if bias is None else bias[:columns].to(dtype).contiguous()
     wants_gradient = torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))
     if inplace_backward or spec.shard is not None or (wants_gradient and not torch.compiler.is_compiling()):
         given = _TokenStats.apply(logits, bias, spec, columns, inplace_backward)
