@@ -20,9 +20,10 @@ Conventions, once for all of them:
 * `shard_group`: columns are this rank's slice of the vocabulary, in rank order; ids are global; every rank calls alike.
 * `backend`: see `backend.py`. A backend that cannot be had raises.
 
-Files, from the top down: one file per op checks its arguments and carries autograd; `row_ops.py` and `packed_loss.py` hold
-what torch sees of rows of logits and of a loss, through `registered.py`; `layout.py` is what goes from there to a kernel package; the
-packages are `csrc/cpu`, `csrc/cuda`, `kernels/` (Triton) and `rows.py` (PyTorch). `head.py` makes the products with the lm_head. `reference.py` defines every op and the loss table in plain torch.
+Files, from the top down: one file per op checks its arguments and carries autograd; `row_ops.py` and `packed_loss.py` hold what torch sees
+of rows of logits and of a loss, through `registered.py`; `layout.py` is what goes from there to a kernel package; the packages are
+`csrc/cpu`, `csrc/cuda`, `kernels/` (Triton) and `rows.py` (PyTorch). `head.py` makes the products with the lm_head. `reference.py` defines
+every op and the loss table in plain torch.
 """
 
 from urlvr_fast.ops.backend import available_backends

@@ -6,8 +6,8 @@ With p = softmax(x), H the entropy, V_f the number of finite columns and ℓ_j =
     a = g_lse + g_sc − g_logp − g_H · H      b = −g_H      c = g_logp      d = (g_mean − g_sc) / V_f
 
 A keep set moves the terms of logp (and of the entropy, if it is taken there) to the softmax over that set. Row maximum m and log Σ e^(x
-− m) stay apart, so that a common offset of the logits costs no digit. Sums over V run over fixed-width segments: a row's result does not
-depend on how many rows or threads there are. `layout.py` says what goes in and out.
+− m) stay apart, and m is taken off before the temperature divides: a common offset of the logits costs no digit. Sums over V add halves to
+each other: a row's result does not depend on how many rows or threads there are. `layout.py` says what goes in and out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from urlvr_fast.ops.reference import accumulation_dtype
 from urlvr_fast.ops.spec import STATISTICS, readable
 
 BLOCK_ELEMENTS = 1 << 21  # scratch of one step: 8 MiB per fp32 temporary, whatever N is
-SEGMENT = 4096  # columns summed in one go
 LOWEST = -1e20  # stands for −inf where it meets a probability of 0
 
 
@@ -49,6 +48,11 @@ class Rows(NamedTuple):
         return any(self.flags >> STATISTICS.index(name) & 1 for name in names)
 
     @property
+    def plain(self) -> bool:
+        """Whether x is the logit times a positive number."""
+        return self.bias is None and not self.softcap and self.scale > 0
+
+    @property
     def entropy_on_keep(self) -> bool:
         return bool(self.flags & ENTROPY_ON_KEEP)
 
@@ -66,38 +70,53 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[int, int, list[Tensor]]]:
 
 
 def row_sum(values: Tensor) -> Tensor:
-    """(n, V) -> (n,) by segments of fixed width, merged in index order: the same bits at any n and any number of threads."""
-    whole = values.shape[1] // SEGMENT * SEGMENT
-    if whole == 0:
-        return values.sum(-1)
-    parts = values[:, :whole].unflatten(1, (-1, SEGMENT)).sum(-1)
-    if whole < values.shape[1]:
-        parts = torch.cat([parts, values[:, whole:].sum(-1, keepdim=True)], 1)
-    return parts[:, 0] if parts.shape[1] == 1 else parts.cumsum(1)[:, -1]
+    """(n, V) -> (n,), by halves: the same bits at any n, with any number of threads, and as exact as pairs are."""
+    while values.shape[1] > 1:
+        half = (values.shape[1] + 1) // 2
+        upper = values[:, half:]
+        values = values[:, :half] + (upper if upper.shape[1] == half else torch.nn.functional.pad(upper, (0, 1)))
+    return values[:, 0]
 
 
-def _scaled(z: Tensor, rows: Rows, a: int, b: int) -> Tensor:
-    """x of rows a:b as a fresh (n, V) tensor; masked rows become 0."""
-    x = torch.empty(z.shape, dtype=accumulation_dtype(z.dtype), device=z.device).copy_(z)
+Factor = float | Tensor  # a number, or (n,)
+
+
+def _read(z: Tensor, rows: Rows, a: int, b: int) -> tuple[Tensor, Factor]:
+    """Rows a:b as a fresh (n, V) tensor y and a factor above 0, with x = y · factor. Masked rows become 0."""
+    y = torch.empty(z.shape, dtype=accumulation_dtype(z.dtype), device=z.device).copy_(z)
     if rows.mask is not None:
-        x.masked_fill_(~rows.mask[a:b, None], 0)
-    if rows.scale != 1.0:
-        x.mul_(rows.scale)
-    if rows.bias is not None:
-        x.add_(rows.bias)
-    if rows.softcap:
-        x.div_(rows.softcap).tanh_().mul_(rows.softcap)
+        y.masked_fill_(~rows.mask[a:b, None], 0)
     temperature = _temperature(rows, a, b)
-    return x if isinstance(temperature, float) and temperature == 1.0 else x.div_(temperature)
+    if rows.plain:
+        return y, rows.scale / temperature
+    if rows.scale != 1.0:
+        y.mul_(rows.scale)
+    if rows.bias is not None:
+        y.add_(rows.bias)
+    if rows.softcap:
+        y.div_(rows.softcap).tanh_().mul_(rows.softcap)
+    return y, 1 / temperature
 
 
-def _temperature(rows: Rows, a: int, b: int) -> float | Tensor:
-    """A number, or (n, 1): 1 in masked rows, NaN where it is no temperature (callers on the CPU were checked)."""
+def _temperature(rows: Rows, a: int, b: int) -> Factor:
+    """1 in masked rows, NaN where it is no temperature (callers on the CPU were checked)."""
     if rows.temperatures is None:
         return rows.temperature
     t = rows.temperatures[a:b]
     t = t.masked_fill(~(t > 0), math.nan)
-    return (t if rows.mask is None else t.masked_fill(~rows.mask[a:b], 1.0))[:, None]
+    return t if rows.mask is None else t.masked_fill(~rows.mask[a:b], 1.0)
+
+
+def _multiply(values: Tensor, factor: Factor) -> Tensor:
+    """(n, V) in place."""
+    if isinstance(factor, Tensor):
+        return values.mul_(factor[:, None])
+    return values if factor == 1.0 else values.mul_(factor)
+
+
+def _below(y: Tensor, m: Tensor, factor: Factor) -> Tensor:
+    """x − m in place of y. m is rounded, and what of y it stands for is made from it: forward and backward take the same number off."""
+    return _multiply(y.sub_((safe(m) / factor)[:, None]), factor)
 
 
 def _local_ids(rows: Rows, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,28 +176,28 @@ def safe(m: Tensor) -> Tensor:
     return m.masked_fill(m == -math.inf, 0)
 
 
-def _partials(x: Tensor, rows: Rows, a: int, b: int) -> Partials:
-    """Consumes x."""
-    n, columns = x.shape
-    zero = x.new_zeros(n)
-    m = x.amax(-1)
+def _partials(y: Tensor, factor: Factor, rows: Rows, a: int, b: int) -> Partials:
+    """Of rows whose x is y · factor. Consumes y."""
+    n, columns = y.shape
+    zero = y.new_zeros(n)
+    m = y.amax(-1) * factor
     second, argmax, x_id, bad_id = zero, zero, zero, zero
     if rows.wants("argmax"):
-        argmax = x.argmax(-1).to(x.dtype) + rows.id_offset
+        argmax = y.argmax(-1).to(y.dtype) + rows.id_offset
     if rows.wants("prob_gap"):
-        second = x.topk(2, dim=-1).values[:, 1] if columns > 1 else torch.full_like(m, -math.inf)
+        second = y.topk(2, dim=-1).values[:, 1] * factor if columns > 1 else torch.full_like(m, -math.inf)
     if rows.ids is not None:
         local, here, valid = _local_ids(rows, a, b)
-        x_id = x.gather(1, local[:, None])[:, 0].masked_fill(~here, -math.inf)
-        bad_id = (~valid if rows.mask is None else ~valid & rows.mask[a:b]).to(x.dtype)
+        x_id = (y.gather(1, local[:, None])[:, 0] * factor).masked_fill(~here, -math.inf)
+        bad_id = (~valid if rows.mask is None else ~valid & rows.mask[a:b]).to(y.dtype)
+    shifted = _below(y, m, factor)
     keep_m, keep_s, keep_t, keep_id = zero, zero, zero, zero
     if rows.crow is not None:
-        keep_m, keep_s, keep_t, keep_id = _keep_partials(x, rows, a, b)
-    shifted = x.sub_(safe(m)[:, None])
-    total, finite = zero, x.new_full((n,), columns)
+        keep_m, keep_s, keep_t, keep_id = _keep_partials(shifted, m, rows, a, b)
+    total, finite = zero, y.new_full((n,), columns)
     if rows.wants("self_certainty", "mean_logit"):
         infinite = shifted == -math.inf
-        finite = columns - infinite.sum(-1).to(x.dtype)
+        finite = columns - infinite.sum(-1).to(y.dtype)
         total = row_sum(shifted.masked_fill(infinite, 0))
     e = shifted.exp()
     s, t, s2 = row_sum(e), zero, zero
@@ -189,21 +208,21 @@ def _partials(x: Tensor, rows: Rows, a: int, b: int) -> Partials:
     return Partials(m, s, t, total, finite, x_id, bad_id, s2, second, argmax, keep_m, keep_s, keep_t, keep_id)
 
 
-def _keep_partials(x: Tensor, rows: Rows, a: int, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _keep_partials(shifted: Tensor, m: Tensor, rows: Rows, a: int, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rows of x − m, as dense rows that are −inf elsewhere: summed like the others, and not in an order that a GPU chooses."""
     row, col, valid = _kept(rows, a, b)
-    values = x[row, col]
-    if valid is not None:
-        values = values.masked_fill(~valid, -math.inf)
-    zero = x.new_zeros(len(x))
-    m = torch.full_like(zero, -math.inf).scatter_reduce_(0, row, values, "amax")
-    values = values - safe(m)[row]
-    e = values.exp()
-    t = zero.index_add(0, row, e * values.clamp(min=LOWEST))
-    found = zero
+    n, columns = shifted.shape
+    kept = shifted.new_full((n, columns + 1), -math.inf)  # the last column takes what is not valid
+    kept[row, col if valid is None else torch.where(valid, col, columns)] = shifted[row, col]
+    kept = kept[:, :-1]
+    keep_m = safe(m) + kept.amax(-1)
+    kept = kept - (safe(keep_m) - safe(m))[:, None]
+    e = kept.exp()
+    found = torch.zeros_like(m)
     if rows.ids is not None:
         hit = col + rows.id_offset == rows.ids[a:b][row]
-        found = zero.index_add(0, row, (hit if valid is None else hit & valid).to(x.dtype))
-    return m, zero.index_add(0, row, e), t, found
+        found = found.index_add(0, row, (hit if valid is None else hit & valid).to(m.dtype))
+    return keep_m, row_sum(e), row_sum(kept.clamp_(min=LOWEST).mul_(e)), found
 
 
 def finish(parts: Partials, flags: int, has_keep: bool, mask: Tensor | None) -> Tensor:
@@ -249,7 +268,7 @@ def statistics(*arguments) -> None:
     """Of every row, packed: see `layout.py`."""
     rows, out = Rows(*arguments[:-1]), arguments[-1]
     for a, b, (piece,) in blocks(rows.logits):
-        parts = _partials(_scaled(piece, rows, a, b), rows, a, b)
+        parts = _partials(*_read(piece, rows, a, b), rows, a, b)
         mask = None if rows.mask is None else rows.mask[a:b]
         out[:, a:b] = torch.stack(parts) if rows.flags & RAW else finish(parts, rows.flags, rows.crow is not None, mask)
 
@@ -295,43 +314,33 @@ def gradient(*arguments) -> None:
     rows, (stats, upstream, given, out, bias_grad) = Rows(*arguments[:-5]), arguments[-5:]
     co = coefficients(rows, stats, upstream, given)
     for a, b, (piece, target) in blocks(rows.logits, out):
-        x = _scaled(piece, rows, a, b)
-        slope = None if not rows.softcap else _softcap_slope(x, rows, a, b)
-        dx = _block_gradient(x, rows, stats, co, given, a, b)
-        temperature = _temperature(rows, a, b)
-        if isinstance(temperature, Tensor) or temperature != 1.0:
-            dx.div_(temperature)
+        y, factor = _read(piece, rows, a, b)
+        slope = 1 - (y / rows.softcap).square_() if rows.softcap else None  # of the softcap: 1 − tanh²
+        dx = _multiply(_block_gradient(y, factor, rows, stats, co, given, a, b), factor)
         if slope is not None:
             dx.mul_(slope)
         dx.masked_fill_(co.dead[a:b, None], 0)
         if bias_grad is not None:
             bias_grad.add_(dx.sum(0))
-        target.copy_(dx if rows.scale == 1.0 else dx.mul_(rows.scale))
+        target.copy_(dx if rows.plain or rows.scale == 1.0 else dx.mul_(rows.scale))
 
 
-def _softcap_slope(x: Tensor, rows: Rows, a: int, b: int) -> Tensor:
-    """d softcap(z) / dz = 1 − tanh², recovered from x = softcap(z) / temperature."""
-    tanh = x * (_temperature(rows, a, b) / rows.softcap)
-    return 1 - tanh * tanh
-
-
-def _block_gradient(x: Tensor, rows: Rows, stats: Tensor, co: Coefficients, given: int, a: int, b: int) -> Tensor:
-    """dL/dx of rows a:b, of anything in dead rows. Consumes x."""
+def _block_gradient(y: Tensor, factor: Factor, rows: Rows, stats: Tensor, co: Coefficients, given: int, a: int, b: int) -> Tensor:
+    """dL/dx of rows a:b, of anything in dead rows. Consumes y."""
 
     def column(value: Tensor) -> Tensor:
         return value[a:b, None]
 
+    shifted = _below(y, stats[Stat.ROW_MAX, a:b], factor)
     flat = given & (1 << Stat.SELF_CERTAINTY | 1 << Stat.MEAN_LOGIT)
-    infinite = x == -math.inf if flat else None
-    x.sub_(column(safe(stats[Stat.ROW_MAX])))
+    infinite = shifted == -math.inf if flat else None
     kept = None
     if rows.crow is not None:
         row, col, valid = _kept(rows, a, b)
-        log_p = x[row, col] - stats[Stat.KEEP_LOG_S, a:b][row]
-        factor = co.keep_a[a:b][row] + co.keep_b[a:b][row] * log_p.clamp(min=LOWEST)
-        values = log_p.exp() * factor
-        kept = row, col, values if valid is None else values.masked_fill(~valid, 0)
-    log_p = x.sub_(column(stats[Stat.LOG_S]))
+        log_p = shifted[row, col] - stats[Stat.KEEP_LOG_S, a:b][row]
+        value = log_p.exp() * (co.keep_a[a:b][row] + co.keep_b[a:b][row] * log_p.clamp(min=LOWEST))
+        kept = row, col, value if valid is None else value.masked_fill(~valid, 0)
+    log_p = shifted.sub_(column(stats[Stat.LOG_S]))
     dx = log_p.exp()
     if given >> Stat.ENTROPY & 1 and not rows.entropy_on_keep:
         dx.mul_(log_p.clamp_(min=LOWEST).mul_(column(co.b)).add_(column(co.a)))
