@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import os
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import torch
 from benches import grid, memory, policy_loss_from_logits, table, token_stats
 from benches.data import DTYPES, Rows, Scenario, available_memory, memory_needed
 from benches.machine import describe, write
-from benches.measure import HOT_BELOW, Case, Limits, Stopwatch, floors, interleave
+from benches.measure import HOT_BELOW, Case, Limits, Stopwatch, Unusable, floors, interleave
 from benches.peers import Provider, providers
 
 OPS = (token_stats, policy_loss_from_logits)
@@ -120,6 +122,7 @@ def _record(case: Case) -> dict:
         "calls_per_sample": case.calls,
         "warm_up_s": round(case.warmed_up, 3),
         "samples_ms": [float(f"{sample:.5g}") for sample in case.samples],
+        **({"host_ms": float(f"{statistics.median(case.host):.4g}")} if case.host else {}),
         "errors": case.errors,
         "targets": [vars(target) for target in case.targets],
         "absent": case.absent,
@@ -134,10 +137,12 @@ def run(
     with_memory: bool,
     budget: float = math.inf,
     measures: Sequence[str] = (),
+    without: Mapping[str, str] | None = None,
 ) -> Iterator[dict]:
-    """The result so far, after each scenario and at the end. Each scenario may take as much of the `budget` as those after it."""
+    """The result so far, after each scenario and at the end. Each scenario may take as much of the `budget` as those after it. `without`:
+    providers that are left out, and why."""
     started = time.time()
-    missing = {p.name: p.absent(device) for p in chosen}
+    missing = {p.name: (without or {}).get(p.name) or p.absent(device) for p in chosen}
     there = [p for p in chosen if not missing[p.name]]
     result = {
         "machine": describe(device),
@@ -174,6 +179,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--grid", action="store_true", help="a few measures at many shapes")
     parser.add_argument("--only", action="append", metavar="N,V[,dtype[,data[,masked]]]", help="this scenario; may be repeated")
     parser.add_argument("--providers", metavar="A,B", help="only providers whose name contains one of these")
+    parser.add_argument("--without", action="append", default=[], metavar="NAME: REASON", help="leave this provider out; may be repeated")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help=f"rounds of a scenario (default {ROUNDS['cpu']} on a CPU, {ROUNDS['cuda']} on a GPU)")
     parser.add_argument("--seconds", type=float, default=Limits.seconds, help="for each case of a scenario (default %(default)s)")
@@ -192,7 +198,8 @@ def _scenario(text: str) -> Scenario:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parse(arguments)
+    given, begin = list(sys.argv[1:] if arguments is None else arguments), time.monotonic()
+    options = _parse(given)
     device = torch.device(options.device)
     chosen = providers()
     if options.providers:
@@ -206,9 +213,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     limits = Limits(options.rounds or ROUNDS[device.type], options.seconds)
     with_memory, measures = not (options.no_memory or options.grid), GRID_MEASURES if options.grid else ()
     prefix, result = table.GRID if options.grid else "", {}
-    for result in run(scenarios, chosen, device, limits, with_memory, options.budget, measures):
-        if options.out:
-            write(result, prefix, device, options.out, wanted=True)
+    without = dict(entry.partition(": ")[::2] for entry in options.without)
+    try:
+        for result in run(scenarios, chosen, device, limits, with_memory, options.budget, measures, without):
+            if options.out:
+                write(result, prefix, device, options.out, wanted=True)
+    except Unusable as error:
+        if not error.case.provider:
+            raise
+        print(f"{error}; once more without it", file=sys.stderr, flush=True)
+        left = ["--without", f"{error.case.provider}: {error.case.absent}", "--budget", str(options.budget - (time.monotonic() - begin))]
+        os.execv(sys.executable, [sys.executable, "-m", "benches", *given, *left])
     print(grid.text(result) if options.grid else table.text(result))
     if not options.out:
         write(result, prefix, device, None, wanted=not (options.only or options.providers))

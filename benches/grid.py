@@ -1,4 +1,8 @@
-"""A result of `python -m benches --grid`: where ours is slower than somebody, and where its distance to a copy jumps."""
+"""A result of `python -m benches --grid`: where ours is slower than somebody, and where its distance to a copy jumps.
+
+On a GPU a time is the device's own, of a call that is all there when it begins, as in a captured graph or behind other work. How long the
+host takes for a call is beside it: at few rows that is what a loop waits for which does nothing else.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ class Point:
     to_copy: float  # of the logits, in the same rounds
     peer: str  # the fastest of the others on the same measure; "" where there is none
     ahead: float | None  # its time / ours
+    host: float | None = None  # ms that the host needs for a call of ours, of the backend that needs least
+    host_ahead: float | None = None  # the least that a peer's call needs / ours
 
 
 def points(result: dict) -> list[Point]:
@@ -41,7 +47,12 @@ def points(result: dict) -> list[Point]:
             mine, peer = min(ours, key=ours.__getitem__), min(others, key=others.__getitem__, default="")
             shape = scenario["scenario"]["rows"], scenario["scenario"]["columns"]
             ahead = others[peer] / ours[mine] if peer else None
-            out.append(Point(*shape, measure, mine.removeprefix(table.OWN), ours[mine], ours[mine] / copy, peer, ahead))
+            hosts = {case["provider"]: case["host_ms"] for case in taken if case["measure"] == measure and "host_ms" in case}
+            host = min((hosts[name] for name in ours if name in hosts), default=None)
+            host_of_peer = min((hosts[name] for name in others if name in hosts), default=None)
+            host_ahead = host_of_peer / host if host and host_of_peer else None
+            to_copy = ours[mine] / copy
+            out.append(Point(*shape, measure, mine.removeprefix(table.OWN), ours[mine], to_copy, peer, ahead, host, host_ahead))
     return out
 
 
@@ -67,18 +78,25 @@ def verdict(result: dict) -> str:
     shapes = len({(point.rows, point.columns) for point in found})
     behind, steep = slower(found), cliffs(found)
     names = "; ".join(f"{p.rows} × {p.columns} {p.measure}: {p.peer} {1 / p.ahead:.2f}× as fast" for p in behind if p.ahead)
+    hosts = [point for point in found if point.host_ahead is not None]
+    busy = f"on the host alone, behind in {sum(point.host_ahead < 1 for point in hosts if point.host_ahead)} of {len(hosts)}; "
     walls = "; ".join(f"{p.rows} × {p.columns} {p.measure}: {p.to_copy:.1f}× copy_" for p in steep)
     return (
         f"{shapes} shapes, {len(compared)} comparisons with the fastest peer, behind in {len(behind)}{f' ({names})' if names else ''}; "
+        f"{busy if hosts else ''}"
         f"cliffs: {walls or 'none'}"
     )
 
 
 def text(result: dict) -> str:
-    rows = [["logits", "measure", "fastest of ours", "ms", "to copy_", "fastest peer", "its time / ours"]]
+    rows = [
+        ["logits", "measure", "fastest of ours", "ms", "to copy_", "fastest peer", "its time / ours", "host ms", "least of peers / ours"]
+    ]
     for p in points(result):
-        ahead = "–" if p.ahead is None else f"{p.ahead:.2f}×"
-        rows.append([f"{p.rows} × {p.columns}", p.measure, p.backend, f"{p.ms:.3g}", f"{p.to_copy:.2f}×", p.peer or "–", ahead])
+        ahead, host_ahead = ("–" if times is None else f"{times:.2f}×" for times in (p.ahead, p.host_ahead))
+        host = "–" if p.host is None else f"{p.host:.3g}"
+        cells = [f"{p.rows} × {p.columns}", p.measure, p.backend, f"{p.ms:.3g}", f"{p.to_copy:.2f}×", p.peer or "–", ahead]
+        rows.append([*cells, host, host_ahead])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     drawn = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     skipped = [f"{entry['scenario']['rows']} × {entry['scenario']['columns']}: {entry['reason']}" for entry in result["skipped"]]

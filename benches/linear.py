@@ -36,7 +36,7 @@ from benches.data import DTYPES, available_memory
 from benches.linear_peers import Peer, eager, peers
 from benches.linear_table import ADVANTAGES_1, HALF, NO_GRAD, OURS, OWN, PRODUCT, PRODUCTS, SAME, SMALLER
 from benches.machine import describe, write
-from benches.measure import Case, Limits, Stopwatch, interleave
+from benches.measure import Case, Limits, Stopwatch, Unusable, interleave
 from benches.memory import Allocated
 
 SHAPES = {"cpu": (1024, 1024, 50257), "cuda": (8192, 4096, 151936)}
@@ -47,7 +47,6 @@ MEMORY_ROWS, MEMORY_WIDTH, MEMORY_CHUNK = (1024, 2048, 4096, 8192, 16384, 32768)
 EAGER_COPIES = 4  # of the fp32 logits that eager holds at its worst, for the decision what fits
 CHECKED, BLOCK = 16, 8192  # rows and columns that are compared; columns of float64 logits at a time
 LEFT_OUT = "left out: "
-NOT_CALLED = ("ImportError", "ModuleNotFoundError", "TimeoutError", "needs ", "measured with ", LEFT_OUT)  # such reasons for an absence
 
 
 @dataclass
@@ -267,28 +266,6 @@ def _records(found: Sequence[Case], peaks: Mapping[tuple[str, str], int]) -> lis
     return out
 
 
-def _culprit(found: Sequence[Case]) -> Case | None:
-    """Whose first call left the GPU unusable: of the calls that failed after the last good one, the first that was made at all."""
-    good = max((i for i, case in enumerate(found) if case.errors), default=-1)
-    return next((case for case in found[good + 1 :] if case.provider not in ("", OWN) and not case.absent.startswith(NOT_CALLED)), None)
-
-
-class Unusable(Exception):
-    """The GPU does nothing more in this process."""
-
-    def __init__(self, culprit: Case | None) -> None:
-        super().__init__("the GPU is unusable" + (f" after {culprit.provider}: {culprit.absent}" if culprit else ""))
-        self.culprit = culprit
-
-
-def _check_usable(device: torch.device, found: Sequence[Case]) -> None:
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise Unusable(_culprit(found)) from error
-
-
 def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
@@ -385,7 +362,6 @@ def run(
         found = cases(problems, device, chunks, part)
         timed = [replace(case) for case in found]
         interleave(timed, Stopwatch(device, cold=True), limits)
-        _check_usable(device, timed)
         again = [c for c, measured in zip(found, timed, strict=True) if measured.samples and c.provider and device.type == "cuda"]
         before = {(entry["measure"], entry["provider"]): entry for entry in result["times"]}
         now = _records(timed, _peaks(again, problems))
@@ -433,9 +409,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 write(result, linear_table.LINEAR, device, options.out, wanted=True)
     except Unusable as error:
         print(error, file=sys.stderr, flush=True)
-        if error.culprit is not None:
+        if error.case.provider not in ("", OWN):
             left = options.budget - (time.monotonic() - begin)
-            again = ["--without", f"{error.culprit.provider}: {error.culprit.absent}", "--budget", str(left)]
+            again = ["--without", f"{error.case.provider}: {error.case.absent}", "--budget", str(left)]
             os.execv(sys.executable, [sys.executable, "-m", "benches.linear", *given, *again])
         if result is None:
             raise

@@ -47,6 +47,7 @@ class Case:
     calls: int = 1
     errors: dict[str, float] = field(default_factory=dict)
     samples: list[float] = field(default_factory=list)  # ms a call
+    host: list[float] = field(default_factory=list)  # ms until a call came back, of the same calls: on a GPU that may be before its end
     warmed_up: float = 0.0  # seconds for import, compilation, the first call and its comparison
     spent: float = 0.0  # seconds for the samples, preparation included
 
@@ -79,6 +80,17 @@ class Limits:
 SETTLE = 0.03
 
 
+HEAD_START = 1_000_000  # cycles of a GPU, half a millisecond: what a call launches is there when its time begins
+
+
+class Unusable(Exception):
+    """The GPU does nothing more in this process since a call of this case."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(f"the GPU is unusable after {case.provider or case.measure}: {case.absent}")
+        self.case = case
+
+
 class Stopwatch:
     """Times single calls on a device, with cold caches where `cold`."""
 
@@ -90,29 +102,29 @@ class Stopwatch:
     def flush(self) -> None:
         if self.flushed is None:
             return
-        if self.gpu:
-            self.flushed.zero_()
-        else:
+        if not self.gpu:
             until = time.perf_counter() + SETTLE
             while time.perf_counter() < until:
                 self.busy.mm(self.busy)
-            self.flushed.sum()  # by reading: lines that were written would cost the next call their way back to memory
+        self.flushed.sum()  # by reading: lines that were written would cost the next call their way back to memory
 
-    def once(self, run: Callable[[Any], Any], state: Any, calls: int) -> tuple[float, Any]:
-        """Milliseconds a call, and what the last call returned."""
+    def once(self, run: Callable[[Any], Any], state: Any, calls: int) -> tuple[float, float, Any]:
+        """Milliseconds a call, those until it came back, and what the last call returned. A GPU is kept waiting while the host launches, so
+        that the first number is its own: what it would have to wait for a host that has nothing else to do is in the second."""
         self.flush()
         if self.gpu:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HEAD_START)
             start.record()
-            for _ in range(calls):
-                result = run(state)
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / calls, result
         begin = time.perf_counter()
         for _ in range(calls):
             result = run(state)
-        return (time.perf_counter() - begin) * 1e3 / calls, result
+        host = (time.perf_counter() - begin) * 1e3 / calls
+        if not self.gpu:
+            return host, host, result
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls, host, result
 
 
 def _cache_bytes(device: torch.device) -> int:
@@ -141,15 +153,24 @@ def warm_up(case: Case, watch: Stopwatch) -> None:
     try:
         with threads(case.threads):
             case.run = case.load()
-            _, result = _call(case, watch)
+            *_, result = _call(case, watch)
             if case.check is not None:
                 case.errors = case.check(result)
             del result
             if case.prepare is None and watch.flushed is None:
-                took, _ = _call(case, watch)
+                took, *_ = _call(case, watch)
                 case.calls = max(1, round(SAMPLE_MS / max(took, 1e-4)))
     except Exception as error:  # noqa: BLE001 (whatever a peer raises is why it is not in the table)
-        case.absent, case.run = _reason(error), None
+        _give_up(case, error, watch)
+
+
+def _give_up(case: Case, error: Exception, watch: Stopwatch) -> None:
+    case.absent, case.run, case.samples, case.host = _reason(error), None, [], []
+    if watch.gpu:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as fault:
+            raise Unusable(case) from fault
 
 
 def _reason(error: Exception) -> str:
@@ -157,7 +178,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
 
 
-def _call(case: Case, watch: Stopwatch) -> tuple[float, Any]:
+def _call(case: Case, watch: Stopwatch) -> tuple[float, float, Any]:
     assert case.run is not None
     state = None if case.prepare is None else case.prepare(case.run)
     return watch.once(_timed(case), state, case.calls)
@@ -173,13 +194,14 @@ def sample(case: Case, watch: Stopwatch) -> None:
     with threads(case.threads):
         if case.threads is not None:
             _call(case, watch)  # the pool of threads has just changed
-        took, _ = _call(case, watch)
+        took, host, _ = _call(case, watch)
     case.samples.append(took)
+    case.host.append(host)
     case.spent += time.perf_counter() - begin
 
 
 def interleave(cases: list[Case], watch: Stopwatch, limits: Limits, seed: int = 0) -> None:
-    """Fill `samples` of all cases that run."""
+    """Fill `samples` of all cases that run. Raises Unusable where one of them breaks the GPU."""
     order = random.Random(seed)
     for case in cases:
         begin = time.perf_counter()
@@ -194,7 +216,7 @@ def interleave(cases: list[Case], watch: Stopwatch, limits: Limits, seed: int = 
             try:
                 sample(case, watch)
             except Exception as error:  # noqa: BLE001 (as in warm_up: out of memory, most likely)
-                case.absent, case.run, case.samples = _reason(error), None, []
+                _give_up(case, error, watch)
     for case in cases:
         case.run = None  # and with it whatever memory it holds
 

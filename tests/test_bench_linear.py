@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benches import linear, linear_table
 from benches.data import DTYPES
 from benches.linear_peers import eager, on_policy, peers
-from benches.measure import Case, Limits, Stopwatch, interleave
+from benches.measure import Case, Limits, Stopwatch, Unusable, interleave
 
 CPU = torch.device("cpu")
 SHAPE = (256, 16, 301)
@@ -157,22 +157,9 @@ def test_each_part_is_written_before_the_next(monkeypatch: pytest.MonkeyPatch, t
     assert linear_table.OURS in linear_table.markdown(result)
 
 
-def _case(provider: str, absent: str = "", errors: dict | None = None) -> Case:
-    return Case("", provider, lambda: None, 0, absent=absent, errors=errors or {})
-
-
-def test_who_broke_the_gpu_is_found() -> None:
-    good, dead = {"dX": 0.0}, "RuntimeError: CUDA error: an illegal memory access was encountered"
-    found = [_case(""), _case("urlvr_fast", errors=good), _case("a", "RuntimeError: unsupported"), _case("b", errors=good)]
-    found += [_case("c", "ImportError: no"), _case("d", dead), _case("e", dead)]
-    assert linear._culprit(found).provider == "d"
-    assert linear._culprit(found[:4]) is None
-    assert linear._culprit([_case("", dead), _case("urlvr_fast", dead)]) is None
-
-
 def test_the_command_begins_anew_without_who_broke_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> Callable:
-        raise linear.Unusable(_case("CCE", "RuntimeError: CUDA error: broken"))
+        raise Unusable(Case("", "CCE", lambda: None, 0, absent="RuntimeError: CUDA error: broken"))
 
     class Replaced(Exception):
         pass

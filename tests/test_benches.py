@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from benches import linear_table, memory, policy_loss_from_logits, table, token_
 from benches.data import STATISTICS, Rows, Scenario
 from benches.gpu_check import summary
 from benches.grpo_step import table as steps
-from benches.measure import Case, Limits, Stopwatch, interleave
+from benches.measure import Case, Limits, Stopwatch, Unusable, interleave
 from benches.peers import Provider, providers
 
 CPU = torch.device("cpu")
@@ -85,6 +86,71 @@ def test_a_slow_case_gets_fewer_rounds() -> None:
     assert [len(fast.samples), len(slow.samples)] == [6, 1]
     assert Limits(seconds=3.0).allow(Case("", "", slow.load, 1, samples=[1.0, 1.0], spent=5.0))
     assert not Limits(seconds=3.0).allow(Case("", "", slow.load, 1, samples=[1.0, 1.0], spent=7.0))
+
+
+class OnGpu(Stopwatch):
+    """Calls are the host's; the rest believes in a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, cold=False)
+
+    def once(self, run: Callable, state: object, calls: int) -> tuple[float, float, object]:
+        assert self.device is CPU
+        self.gpu = False
+        try:
+            return super().once(run, state, calls)
+        finally:
+            self.gpu = True
+
+
+def test_who_broke_the_gpu_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = []
+
+    def fault(_: object) -> None:
+        broken.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("unsupported")
+
+    def synchronize() -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    runs = {"good": lambda _: None, "refuses": refuse, "breaks": fault, "never begun": lambda _: None}
+    cases = [Case("forward", name, lambda run=run: run, 1) for name, run in runs.items()]
+    with pytest.raises(Unusable, match="the GPU is unusable after breaks: RuntimeError: CUDA error") as caught:
+        interleave(cases, OnGpu(), ONCE)
+    assert caught.value.case.provider == "breaks"
+    assert cases[1].absent == "RuntimeError: unsupported"
+    assert cases[3].run is None
+
+
+def test_the_command_begins_anew_without_who_broke_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Replaced(Exception):
+        pass
+
+    def broken(*_: object) -> dict:
+        raise Unusable(Case("forward", "urlvr_fast cuda", lambda: None, 1, absent="RuntimeError: CUDA error: broken"))
+
+    def execv(program: str, arguments: list[str]) -> None:
+        raise Replaced(arguments)
+
+    monkeypatch.setattr(bench, "run_scenario", broken)
+    monkeypatch.setattr(bench.os, "execv", execv)
+    with pytest.raises(Replaced) as caught:
+        bench.main(["--only", "4,64", "--budget", "100", "--no-memory", "--without", "TRL: as asked"])
+    again = caught.value.args[0][3:]
+    options = bench._parse(again)
+    assert 0 < options.budget < 100
+    assert options.without == ["TRL: as asked", "urlvr_fast cuda: RuntimeError: CUDA error: broken"]
+    seen = {}
+    monkeypatch.setattr(bench, "run_scenario", lambda scenario, who, taking_part, *_: seen.update({p.name: p for p in taking_part}) or {})
+    monkeypatch.setattr(bench.table, "text", lambda result: "")
+    bench.main(again)
+    assert "torch eager" in seen
+    assert not {"TRL", "urlvr_fast cuda"} & seen.keys()
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,7 @@ class TestOnTheSimulatedGpu:
         }
         for backend in ("triton", "cuda"):
             assert len(providers[f"urlvr_fast {backend}"]["samples_ms"]) == 1
+            assert providers[f"urlvr_fast {backend}"]["host_ms"] > 0
             assert max(providers[f"urlvr_fast {backend}"]["errors"].values()) < 1e-2
         assert done.stdout.rstrip().splitlines()[-1].startswith("Results are right; ")
         assert "2 shapes" in done.stdout
@@ -94,6 +95,42 @@ class TestOnTheSimulatedGpu:
         assert stages["tests"]["killed"]
         assert stages["ops"]["absent"] == "no time was left"
         assert "Results are unchecked" in done.stdout
+
+
+def test_only_a_stage_that_saw_a_wrong_result_is_called_wrong(tmp_path: Path) -> None:
+    stages = [stage for stage in check.STAGES if stage.name in ("build", "sanitized", "trainer")]
+    ended = {"killed": False, "seconds": 1.0}
+    result = {"stages": {"build": {**ended, "status": 1}, "sanitized": {**ended, "status": 3}, "trainer": {**ended, "status": 2}}}
+    found = check.verdict(result, stages, tmp_path)
+    assert found["all"] == "wrong"
+    assert found["wrong"] == ["sanitized: failed; its tail says how"]
+    assert found["unchecked"] == ["build: did not run to its end", "trainer: did not run to its end"]
+
+
+def test_failures_are_all_named_and_some_of_each_kind_in_full() -> None:
+    said = "a traceback\nof many lines\nAssertionError: 1 above 0"
+    failures = [{"test": f"t.py::f[{i}-{backend}]", "said": said} for backend in ("cuda", "triton") for i in range(5)]
+    found = check.shortened([*failures, {"test": "t.py::g"}])
+    assert [line["test"] for line in found] == [line["test"] for line in [*failures, {"test": "t.py::g"}]]
+    assert [line["said"] == said for line in found] == [True] * 3 + [False] * 2 + [True] * 3 + [False] * 3
+    assert found[4]["said"] == "AssertionError: 1 above 0"
+
+
+def test_a_build_that_fails_leaves_the_kernels_that_need_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def run_stage(stage: check.Stage, given: check.Check, seconds: float) -> dict:
+        ran.append((stage.name, stage.variables(given).get("URLVR_FAST_BUILD")))
+        return {"status": int(stage.name == "build"), "killed": False, "seconds": 0.0, "tail": "nvcc: no"}
+
+    monkeypatch.setattr(check, "run_stage", run_stage)
+    monkeypatch.setattr(check, "missing", lambda building: [])
+    monkeypatch.setattr(check, "describe", lambda device: {"device": "none", "torch": "0", "commit": "0"})
+    monkeypatch.setattr(check.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(check, "slug", lambda device: "none")
+    monkeypatch.setattr(check, "clocks", dict)
+    assert check.main(["--out", str(tmp_path), "--wheels", str(tmp_path / "none"), "--stages", "build,rates"]) == check.UNCHECKED
+    assert ran == [("build", None), ("build without csrc", "0"), ("rates", None)]
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
@@ -140,6 +177,14 @@ class TestGrid:
         assert (point.backend, point.peer, point.ahead) == ("cuda", "Liger", 0.8)
         assert grid.slower([point]) == [point]
         assert "behind in 1 (8 × 64 forward, logp: Liger 1.25× as fast)" in grid.verdict(result)
+
+    def test_the_host_s_time_is_held_against_that_of_peers(self) -> None:
+        result = self.result((1, 1024, {"urlvr_fast triton": 2.0, "urlvr_fast cuda": 1.0, "TRL": 3.0, "Liger": 4.0}))
+        for case, host in zip(result["scenarios"][0]["cases"][1:], (0.5, 0.25, 0.5, 0.125), strict=True):
+            case["host_ms"] = host
+        (point,) = grid.points(result)
+        assert (point.ahead, point.host, point.host_ahead) == (3.0, 0.25, 0.5)
+        assert "behind in 0; on the host alone, behind in 1 of 1; cliffs: none" in grid.verdict(result)
 
     def test_a_cliff_is_a_large_shape_far_from_the_others(self) -> None:
         large = [(8192, columns, {"urlvr_fast cuda": ms}) for columns, ms in ((32000, 0.6), (128256, 0.5), (151936, 0.55), (262144, 1.9))]

@@ -19,7 +19,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benches.gpu_check import counters, sanitized
+from benches.gpu_check import FOUND_WRONG, UNCHECKED, counters, sanitized
 
 ROOT = Path(__file__).resolve().parents[1]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -295,12 +295,19 @@ def test_a_clean_run(sanitize) -> None:
 
 def test_what_tools_report_is_counted_and_shown(sanitize) -> None:
     status, found, text = sanitize({"memcheck": MEMCHECK, "racecheck": RACECHECK})
-    assert status == 1
+    assert status == FOUND_WRONG
     assert [run["errors"] for run in found["runs"]] == [0, 1234, 2, 0, 0]
     assert "gradient_kernel<urlvr::cuda::Bf16" in text
     status, found, text = sanitize(wrong=("cuda, 1 × 3 × 7: stats: off",))
-    assert (status, found["runs"][0]["errors"]) == (1, 1)
+    assert (status, found["runs"][0]["errors"]) == (FOUND_WRONG, 1)
     assert "stats: off" in text
+
+
+def test_what_a_tool_known_for_false_alarms_reports_is_not_called_wrong(sanitize) -> None:
+    status, found, _ = sanitize({"racecheck": RACECHECK})
+    assert (status, found["runs"][2]["errors"]) == (UNCHECKED, 2)
+    assert sanitized.exit_status(found | {"version": "Compute Sanitizer\nVersion 2026.1.0.0 (build 1)"}) == FOUND_WRONG
+    assert sanitized.exit_status(found | {"version": "Compute Sanitizer\nVersion 2025.3.1.0 (build 1)"}) == UNCHECKED
 
 
 def test_a_tool_that_is_refused_or_hangs_is_no_clean_tool(sanitize) -> None:
@@ -311,11 +318,11 @@ def test_a_tool_that_is_refused_or_hangs_is_no_clean_tool(sanitize) -> None:
     status, found, _ = sanitize(
         {"synccheck": CLEAN[:29] + "========= Target application returned an error\n" + CLEAN[29:].replace("0", "1")}
     )
-    assert (status, found["runs"][4]["errors"]) == (1, 1)
+    assert (status, found["runs"][4]["errors"]) == (UNCHECKED, 1)
     begin = time.monotonic()
     status, found, _ = sanitize({"racecheck": "hang"}, seconds=6)
     assert time.monotonic() - begin < 20
-    assert (status, found["runs"][2]["ran"], "--seconds" in found["runs"][2]["reason"]) == (0, False, True)
+    assert (status, found["runs"][2]["ran"], "--seconds" in found["runs"][2]["reason"]) == (UNCHECKED, False, True)
     assert found["runs"][3]["ran"]
 
 

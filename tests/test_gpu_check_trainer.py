@@ -17,6 +17,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benches.gpu_check import FOUND_WRONG, UNCHECKED
 from benches.gpu_check import trainer as check
 from urlvr_fast.trainer import loop
 from urlvr_fast.trainer.base_model import bundled_model_path
@@ -154,6 +155,9 @@ def test_a_head_that_is_wrong_fails_the_check(tmp_path: Path, monkeypatch: pytes
     assert len(result["parts"]["learner"]["samples_s"]["fused"]) == 1  # what was measured is kept
     assert json.loads(out.read_text())["parts"] == result["parts"]  # and the parts behind it go on
     assert "FAILED: benches.gpu_check.trainer.GradientsDiffer" in check.text(result)
+    assert check.exit_status(result) == FOUND_WRONG
+    result["parts"]["learner"]["wrong"] = False
+    assert check.exit_status(result) == UNCHECKED  # an error that says nothing about a result
 
 
 def test_gradients_of_other_parameters_are_refused() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.own_process
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize(
     "file", ["test_kernels_triton.py", "test_kernel_options.py", "test_ops_group_advantages.py", "test_ops_packed_loss.py"]

@@ -100,7 +100,7 @@ def total(result) -> torch.Tensor:
     return sum((0.5 * value.sum() for value in values), torch.zeros(()))
 
 
-@pytest.mark.parametrize("engine", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.real)])
+@pytest.mark.parametrize("engine", ["eager", "aot_eager", pytest.param("inductor", marks=[pytest.mark.real, pytest.mark.timeout(120)])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_without_a_graph_break(name, dtype, engine):

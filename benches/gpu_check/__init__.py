@@ -19,3 +19,6 @@ After each stage gpu-check-<gpu>-<date>-<commit>.json is written, so that a run 
 `linear` and `grid` are files of their own beside it, which the README's tables are made from. The exit status is 1 where a result is wrong,
 2 where something could not be checked, and 0 otherwise: speeds are reported and fail nothing.
 """
+
+RIGHT, WRONG, UNCHECKED = 0, 1, 2
+FOUND_WRONG = 3  # exit status of a stage that has seen a wrong result; 1 is that of any exception

@@ -30,6 +30,7 @@ import torch
 
 from benches.data import Rows, Scenario
 from benches.gpu_check.sanitized import find_tool, finish, kernel_names
+from benches.machine import write_whole
 from urlvr_fast.ops.backend import available_backends, kernels
 from urlvr_fast.ops.layout import GRADS, LOSS_KINDS, LOSS_LINES, STATS, Stat, Weighing
 from urlvr_fast.ops.layout import METRICS as LOSS_METRICS
@@ -231,7 +232,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         if not launches:
             result["reason"] = reason_of(log, printed, status)
     result["rows"] += [{"backend": name, "row": row, "kernels": [], "error": why} for name, why in left_out.items() for row in ROWS]
-    args.out.write_text(json.dumps(result, indent=1))
+    write_whole(args.out, result)
     return result
 
 
@@ -267,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.gpu_check.counters", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON of all that was found")
     parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--backends", default="cuda,triton")
+    parser.add_argument("--backends", default="triton,cuda")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--columns", type=int, default=151936)
     parser.add_argument("--run", action="store_true", help="launch the kernels: what ncu looks at")

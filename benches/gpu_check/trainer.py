@@ -42,6 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benches.gpu_check import FOUND_WRONG, RIGHT, UNCHECKED
 from benches.grpo_step import ours, trl
 from benches.grpo_step.material import Material
 from benches.grpo_step.worker import GRADIENT, STEP, Worker
@@ -65,7 +66,7 @@ TRIAL = 12  # steps of pre-training that say how many there is time for
 WARM_UP = 2  # steps of the quick start that compile, allocate and are not in its medians
 TRL_STARTS = 25  # seconds that two more processes take until their first step
 # The largest ‖Δ‖/‖g‖ between two gradients of the same rollouts.
-AGREE = {"float32": 1e-4, "bfloat16": 0.05}
+AGREE = {"float32": 1e-4, "bfloat16": 0.1}  # the plain head's logits are rounded to bf16
 FUSED, PLAIN = "fused", "plain"
 OURS, TRL = "urlvr_fast", "TRL"
 SAMPLED = (
@@ -473,8 +474,9 @@ def run(bench: Bench, about: dict[str, Any], out: Path) -> dict[str, Any]:
         began = time.perf_counter()
         try:
             part(bench, found)
-        except Exception:  # noqa: BLE001 (the next part goes on, and the exit status says so)
+        except Exception as error:  # noqa: BLE001 (the next part goes on, and the exit status says so)
             found["error"] = traceback.format_exc()
+            found["wrong"] = isinstance(error, GradientsDiffer)
             print(found["error"], file=sys.stderr)
         found["seconds"] = time.perf_counter() - began
         result["seconds"] = time.perf_counter() - bench.began
@@ -587,8 +589,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(device, SIZES[options.size], folder, folder / "model", engine, options.seconds, began)
         result = run(bench, about, options.out)
     print(text(result))
-    whole = all(name in result["parts"] and "error" not in result["parts"][name] for name in PARTS)
-    return 0 if whole else 1
+    return exit_status(result)
+
+
+def exit_status(result: dict[str, Any]) -> int:
+    parts = result["parts"]
+    if any(found.get("wrong") for found in parts.values()):
+        return FOUND_WRONG
+    return RIGHT if all(name in parts and "error" not in parts[name] for name in PARTS) else UNCHECKED
 
 
 if __name__ == "__main__":

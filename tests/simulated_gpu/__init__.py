@@ -111,6 +111,7 @@ def install() -> None:
         "get_device_properties": lambda *_: properties,
         "mem_get_info": lambda *_: (properties.total_memory, properties.total_memory),
         "synchronize": lambda *_: None,
+        "_sleep": lambda _: None,
         "empty_cache": lambda: None,
         "memory_allocated": lambda *_: library.simulated_allocated(),
         "max_memory_allocated": lambda *_: library.simulated_peak(),
