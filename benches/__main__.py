@@ -12,7 +12,6 @@ import argparse
 import gc
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,11 +22,13 @@ import torch
 
 from benches import grid, memory, policy_loss_from_logits, table, token_stats
 from benches.data import DTYPES, Rows, Scenario, available_memory, memory_needed
+from benches.gpu_check import FOUND_WRONG, UNCHECKED
 from benches.machine import describe, write
 from benches.measure import HOT_BELOW, Case, Limits, Stopwatch, Unusable, floors, interleave
 from benches.peers import Provider, providers
 
 OPS = (token_stats, policy_loss_from_logits)
+LEAST_LEFT = 15.0  # seconds of the budget without which the command does not begin anew
 ROUNDS = {"cpu": 25, "cuda": 50}
 SHAPES = ((1, 151936), (3, 151936), (64, 32000), (512, 32000), (64, 151936), (512, 151936), (2048, 151936), (8192, 32000), (8192, 151936))
 GRID_ROWS, GRID_COLUMNS = (1, 32, 1024, 8192, 32768), (1024, 32000, 128256, 151936, 262144)
@@ -122,7 +123,7 @@ def _record(case: Case) -> dict:
         "calls_per_sample": case.calls,
         "warm_up_s": round(case.warmed_up, 3),
         "samples_ms": [float(f"{sample:.5g}") for sample in case.samples],
-        **({"host_ms": float(f"{statistics.median(case.host):.4g}")} if case.host else {}),
+        **({} if math.isnan(case.host_ms) else {"host_ms": float(f"{case.host_ms:.4g}")}),
         "errors": case.errors,
         "targets": [vars(target) for target in case.targets],
         "absent": case.absent,
@@ -142,7 +143,8 @@ def run(
     """The result so far, after each scenario and at the end. Each scenario may take as much of the `budget` as those after it. `without`:
     providers that are left out, and why."""
     started = time.time()
-    missing = {p.name: (without or {}).get(p.name) or p.absent(device) for p in chosen}
+    without = without or {}
+    missing = {p.name: without[p.name] if p.name in without else p.absent(device) for p in chosen}
     there = [p for p in chosen if not missing[p.name]]
     result = {
         "machine": describe(device),
@@ -179,7 +181,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--grid", action="store_true", help="a few measures at many shapes")
     parser.add_argument("--only", action="append", metavar="N,V[,dtype[,data[,masked]]]", help="this scenario; may be repeated")
     parser.add_argument("--providers", metavar="A,B", help="only providers whose name contains one of these")
-    parser.add_argument("--without", action="append", default=[], metavar="NAME: REASON", help="leave this provider out; may be repeated")
+    left_out = {"action": "append", "default": [], "metavar": "NAME[: REASON]"}
+    parser.add_argument("--without", **left_out, help="leave this provider out; may be repeated")
+    parser.add_argument("--broke", **left_out, help="the same, because it broke the GPU before: if it is ours, that is a wrong result")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help=f"rounds of a scenario (default {ROUNDS['cpu']} on a CPU, {ROUNDS['cuda']} on a GPU)")
     parser.add_argument("--seconds", type=float, default=Limits.seconds, help="for each case of a scenario (default %(default)s)")
@@ -197,7 +201,7 @@ def _scenario(text: str) -> Scenario:
     return Scenario(int(rows), int(columns), dtype, data, float(masked))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     given, begin = list(sys.argv[1:] if arguments is None else arguments), time.monotonic()
     options = _parse(given)
     device = torch.device(options.device)
@@ -213,21 +217,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     limits = Limits(options.rounds or ROUNDS[device.type], options.seconds)
     with_memory, measures = not (options.no_memory or options.grid), GRID_MEASURES if options.grid else ()
     prefix, result = table.GRID if options.grid else "", {}
-    without = dict(entry.partition(": ")[::2] for entry in options.without)
+    without = {name: reason or "as asked" for name, _, reason in (entry.partition(": ") for entry in options.without + options.broke)}
+    status = FOUND_WRONG if any(entry.startswith(table.OWN) for entry in options.broke) else 0
     try:
         for result in run(scenarios, chosen, device, limits, with_memory, options.budget, measures, without):
             if options.out:
                 write(result, prefix, device, options.out, wanted=True)
     except Unusable as error:
-        if not error.case.provider:
-            raise
+        left = options.budget - (time.monotonic() - begin)
+        if not error.case.provider or left < LEAST_LEFT:
+            print(error, file=sys.stderr, flush=True)
+            return FOUND_WRONG if error.case.provider.startswith(table.OWN) else UNCHECKED
         print(f"{error}; once more without it", file=sys.stderr, flush=True)
-        left = ["--without", f"{error.case.provider}: {error.case.absent}", "--budget", str(options.budget - (time.monotonic() - begin))]
-        os.execv(sys.executable, [sys.executable, "-m", "benches", *given, *left])
+        again = ["--broke", f"{error.case.provider}: {error.case.absent}", "--budget", str(left)]
+        os.execv(sys.executable, [sys.executable, "-m", "benches", *given, *again])
     print(grid.text(result) if options.grid else table.text(result))
     if not options.out:
         write(result, prefix, device, None, wanted=not (options.only or options.providers))
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from benches import exact, linear_table
 from benches.data import DTYPES, available_memory
+from benches.gpu_check import FOUND_WRONG, UNCHECKED
 from benches.linear_peers import Peer, eager, peers
 from benches.linear_table import ADVANTAGES_1, HALF, NO_GRAD, OURS, OWN, PRODUCT, PRODUCTS, SAME, SMALLER
 from benches.machine import describe, write
@@ -395,7 +396,7 @@ def _chosen(options: argparse.Namespace, device: torch.device) -> list[Peer]:
     return [replace(peer, needs=LEFT_OUT + (without[peer.name] or "as asked")) if peer.name in without else peer for peer in found]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, begin = _parse(given), time.monotonic()
     device = torch.device(options.device)
@@ -413,12 +414,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             left = options.budget - (time.monotonic() - begin)
             again = ["--without", f"{error.case.provider}: {error.case.absent}", "--budget", str(left)]
             os.execv(sys.executable, [sys.executable, "-m", "benches.linear", *given, *again])
-        if result is None:
-            raise
+        return FOUND_WRONG if error.case.provider == OWN else UNCHECKED
     print(linear_table.text(result))
     if not options.out:
         write(result, linear_table.LINEAR, device, None, wanted=not options.quick)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Case:
     calls: int = 1
     errors: dict[str, float] = field(default_factory=dict)
     samples: list[float] = field(default_factory=list)  # ms a call
-    host: list[float] = field(default_factory=list)  # ms until a call came back, of the same calls: on a GPU that may be before its end
+    host_ms: float = math.nan  # until a call on an idle GPU comes back, which may be before its end; median of HOST_CALLS
     warmed_up: float = 0.0  # seconds for import, compilation, the first call and its comparison
     spent: float = 0.0  # seconds for the samples, preparation included
 
@@ -80,7 +81,9 @@ class Limits:
 SETTLE = 0.03
 
 
-HEAD_START = 1_000_000  # cycles of a GPU, half a millisecond: what a call launches is there when its time begins
+CYCLES_A_MS = 2_000_000  # of a GPU, about
+LONGEST_HEAD_START = 5.0  # ms that a GPU is kept busy before a sample, so that what a call launches is there when its time begins
+HOST_CALLS = 5
 
 
 class Unusable(Exception):
@@ -108,23 +111,23 @@ class Stopwatch:
                 self.busy.mm(self.busy)
         self.flushed.sum()  # by reading: lines that were written would cost the next call their way back to memory
 
-    def once(self, run: Callable[[Any], Any], state: Any, calls: int) -> tuple[float, float, Any]:
-        """Milliseconds a call, those until it came back, and what the last call returned. A GPU is kept waiting while the host launches, so
-        that the first number is its own: what it would have to wait for a host that has nothing else to do is in the second."""
+    def once(self, run: Callable[[Any], Any], state: Any, calls: int, host_ms: float = 0.0) -> tuple[float, Any]:
+        """Milliseconds a call, and what the last call returned. A GPU is kept busy while the host, which needs `host_ms` for a call,
+        launches: the time is the device's own, and none that it waits for a host with nothing else to do."""
         self.flush()
         if self.gpu:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(HEAD_START)
+            torch.cuda._sleep(int(CYCLES_A_MS * min(0.1 + 2 * calls * host_ms, LONGEST_HEAD_START)))
             start.record()
+            for _ in range(calls):
+                result = run(state)
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / calls, result
         begin = time.perf_counter()
         for _ in range(calls):
             result = run(state)
-        host = (time.perf_counter() - begin) * 1e3 / calls
-        if not self.gpu:
-            return host, host, result
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / calls, host, result
+        return (time.perf_counter() - begin) * 1e3 / calls, result
 
 
 def _cache_bytes(device: torch.device) -> int:
@@ -153,19 +156,21 @@ def warm_up(case: Case, watch: Stopwatch) -> None:
     try:
         with threads(case.threads):
             case.run = case.load()
-            *_, result = _call(case, watch)
+            _, result = _call(case, watch)
             if case.check is not None:
                 case.errors = case.check(result)
             del result
+            if watch.gpu:
+                case.host_ms = statistics.median(_host_ms(case) for _ in range(HOST_CALLS))
             if case.prepare is None and watch.flushed is None:
-                took, *_ = _call(case, watch)
+                took, _ = _call(case, watch)
                 case.calls = max(1, round(SAMPLE_MS / max(took, 1e-4)))
     except Exception as error:  # noqa: BLE001 (whatever a peer raises is why it is not in the table)
         _give_up(case, error, watch)
 
 
 def _give_up(case: Case, error: Exception, watch: Stopwatch) -> None:
-    case.absent, case.run, case.samples, case.host = _reason(error), None, [], []
+    case.absent, case.run, case.samples = _reason(error), None, []
     if watch.gpu:
         try:
             torch.cuda.synchronize()
@@ -178,10 +183,22 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
 
 
-def _call(case: Case, watch: Stopwatch) -> tuple[float, float, Any]:
+def _prepared(case: Case) -> Any:
     assert case.run is not None
-    state = None if case.prepare is None else case.prepare(case.run)
-    return watch.once(_timed(case), state, case.calls)
+    return None if case.prepare is None else case.prepare(case.run)
+
+
+def _call(case: Case, watch: Stopwatch) -> tuple[float, Any]:
+    return watch.once(_timed(case), _prepared(case), case.calls, 0.0 if math.isnan(case.host_ms) else case.host_ms)
+
+
+def _host_ms(case: Case) -> float:
+    """Until a call on an idle GPU comes back."""
+    state, run = _prepared(case), _timed(case)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run(state)
+    return (time.perf_counter() - begin) * 1e3
 
 
 def _timed(case: Case) -> Callable[[Any], Any]:
@@ -194,9 +211,8 @@ def sample(case: Case, watch: Stopwatch) -> None:
     with threads(case.threads):
         if case.threads is not None:
             _call(case, watch)  # the pool of threads has just changed
-        took, host, _ = _call(case, watch)
+        took, _ = _call(case, watch)
     case.samples.append(took)
-    case.host.append(host)
     case.spent += time.perf_counter() - begin
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benches import __main__ as bench
 from benches import linear_table, memory, policy_loss_from_logits, table, token_stats
 from benches.data import STATISTICS, Rows, Scenario
-from benches.gpu_check import summary
+from benches.gpu_check import FOUND_WRONG, summary
 from benches.grpo_step import table as steps
 from benches.measure import Case, Limits, Stopwatch, Unusable, interleave
 from benches.peers import Provider, providers
@@ -94,8 +95,7 @@ class OnGpu(Stopwatch):
     def __init__(self) -> None:
         super().__init__(CPU, cold=False)
 
-    def once(self, run: Callable, state: object, calls: int) -> tuple[float, float, object]:
-        assert self.device is CPU
+    def once(self, run: Callable, state: object, calls: int, host_ms: float = 0.0) -> tuple[float, object]:
         self.gpu = False
         try:
             return super().once(run, state, calls)
@@ -124,7 +124,8 @@ def test_who_broke_the_gpu_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         interleave(cases, OnGpu(), ONCE)
     assert caught.value.case.provider == "breaks"
     assert cases[1].absent == "RuntimeError: unsupported"
-    assert cases[3].run is None
+    assert cases[0].host_ms > 0
+    assert math.isnan(cases[3].host_ms)
 
 
 def test_the_command_begins_anew_without_who_broke_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,17 +141,19 @@ def test_the_command_begins_anew_without_who_broke_the_gpu(monkeypatch: pytest.M
     monkeypatch.setattr(bench, "run_scenario", broken)
     monkeypatch.setattr(bench.os, "execv", execv)
     with pytest.raises(Replaced) as caught:
-        bench.main(["--only", "4,64", "--budget", "100", "--no-memory", "--without", "TRL: as asked"])
+        bench.main(["--only", "4,64", "--budget", "100", "--no-memory", "--without", "TRL"])
     again = caught.value.args[0][3:]
     options = bench._parse(again)
     assert 0 < options.budget < 100
-    assert options.without == ["TRL: as asked", "urlvr_fast cuda: RuntimeError: CUDA error: broken"]
+    assert (options.without, options.broke) == (["TRL"], ["urlvr_fast cuda: RuntimeError: CUDA error: broken"])
     seen = {}
     monkeypatch.setattr(bench, "run_scenario", lambda scenario, who, taking_part, *_: seen.update({p.name: p for p in taking_part}) or {})
     monkeypatch.setattr(bench.table, "text", lambda result: "")
-    bench.main(again)
+    assert bench.main(again) == FOUND_WRONG  # ours broke it
     assert "torch eager" in seen
     assert not {"TRL", "urlvr_fast cuda"} & seen.keys()
+    monkeypatch.setattr(bench, "run_scenario", broken)
+    assert bench.main(["--only", "4,64", "--budget", "3", "--no-memory"]) == FOUND_WRONG  # and leaves what was written
 
 
 @pytest.fixture(scope="module")

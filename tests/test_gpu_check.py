@@ -15,8 +15,8 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benches import grid
+from benches.gpu_check import FOUND_WRONG, summary
 from benches.gpu_check import __main__ as check
-from benches.gpu_check import summary
 from benches.machine import ROOT
 
 simulated = [
@@ -100,7 +100,7 @@ class TestOnTheSimulatedGpu:
 def test_only_a_stage_that_saw_a_wrong_result_is_called_wrong(tmp_path: Path) -> None:
     stages = [stage for stage in check.STAGES if stage.name in ("build", "sanitized", "trainer")]
     ended = {"killed": False, "seconds": 1.0}
-    result = {"stages": {"build": {**ended, "status": 1}, "sanitized": {**ended, "status": 3}, "trainer": {**ended, "status": 2}}}
+    result = {"stages": {"build": {**ended, "status": 1}, "sanitized": {**ended, "status": FOUND_WRONG}, "trainer": {**ended, "status": 2}}}
     found = check.verdict(result, stages, tmp_path)
     assert found["all"] == "wrong"
     assert found["wrong"] == ["sanitized: failed; its tail says how"]

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from urlvr_fast import group_advantages, linear_policy_loss, linear_token_stats, policy_loss, policy_loss_from_logits, token_stats
 from urlvr_fast.ops import row_ops  # noqa: F401  (registers the ops)
-from urlvr_fast.ops.layout import HAS_OLD, HAS_REF, HAS_ROLLOUT, LOSS_LINES
+from urlvr_fast.ops.layout import HAS_OLD, HAS_REF, HAS_ROLLOUT, LOSS_LINES, Stat
 from urlvr_fast.ops.reference import LOSS_TYPES
 from urlvr_fast.ops.spec import RowSpec
 
@@ -157,30 +157,31 @@ def test_the_upstream_gradient_multiplies_the_one_made_in_the_forward(dtype, fac
 
 
 class Seen(TorchDispatchMode):
-    """Notes the ops of ours that go through torch's dispatcher."""
+    """Notes the ops of ours that go through torch's dispatcher, and their arguments."""
 
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.calls = {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.namespace == "urlvr_fast":
-            self.names.add(op.overloadpacket.__name__)
+            self.calls[op.overloadpacket.__name__] = args
         return op(*args, **(kwargs or {}))
 
 
-def test_whoever_watches_sees_the_ops_and_the_bits_are_those_of_the_short_way():
+@pytest.mark.parametrize("backend", FUSED)
+def test_whoever_watches_sees_the_ops_and_the_bits_are_those_of_the_short_way(backend):
     logits = torch.randn(N, V).requires_grad_()
 
     def run():
-        loss, metrics = policy_loss_from_logits(logits, IDS, advantages=ADVANTAGES)
+        loss, metrics = policy_loss_from_logits(logits, IDS, advantages=ADVANTAGES, backend=backend)
         (gradient,) = torch.autograd.grad(loss, logits)
-        values = token_stats(logits.detach(), IDS, outputs=("logp", "entropy"))
+        values = token_stats(logits.detach(), IDS, outputs=("logp", "entropy"), backend=backend)
         return loss, *metrics.values(), gradient, values.logp, values.entropy, group_advantages(ADVANTAGES, IDS)
 
     with Seen() as seen:
         watched = run()
-    assert {"loss_rows", "policy_gradient", "policy_objective", "scale_rows_", "token_stats", "group_advantages"} <= seen.names
+    assert {"loss_rows", "policy_gradient", "policy_objective", "scale_rows_", "token_stats", "group_advantages"} <= seen.calls.keys()
     for a, b in zip(watched, run(), strict=True):
         assert torch.equal(a, b)
 
@@ -199,7 +200,10 @@ def test_what_nobody_differentiates_takes_no_part_in_the_gradient():
     stats = token_stats(leaf, IDS, outputs=("logp", "entropy", "self_certainty", "argmax", "max_prob"))
     assert not stats.argmax.requires_grad
     assert not stats.max_prob.requires_grad
-    (alone,) = torch.autograd.grad(stats.logp.sum(), leaf)
+    with Seen() as seen:
+        (alone,) = torch.autograd.grad(stats.logp.sum(), leaf)
+    *_, given, _ = seen.calls["token_stats_backward"]
+    assert given == 1 << Stat.LOGP
     (expected,) = torch.autograd.grad(token_stats(leaf, IDS, outputs="logp").logp.sum(), leaf)
     torch.testing.assert_close(alone, expected)
 

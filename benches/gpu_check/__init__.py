@@ -21,4 +21,4 @@ After each stage gpu-check-<gpu>-<date>-<commit>.json is written, so that a run 
 """
 
 RIGHT, WRONG, UNCHECKED = 0, 1, 2
-FOUND_WRONG = 3  # exit status of a stage that has seen a wrong result; 1 is that of any exception
+FOUND_WRONG = 10  # exit status of a stage that has seen a wrong result; 1 is that of any exception, pytest has some more

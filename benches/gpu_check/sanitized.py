@@ -3,7 +3,7 @@
 `python -m benches.gpu_check.sanitized --out FILE.json --seconds 60` makes the same small calls five times, each time in a process of its
 own: once bare, where results are compared with float64 and the kernels that ran are listed, then under memcheck, racecheck, initcheck and
 synccheck. Each has an equal share of the seconds that are left; beyond the first few, calls that do not fit are left out, and it is said
-how many. Exit status: 0 where nothing was reported, 3 where a tool reported something or a result is wrong, 2 where a tool could not run
+how many. Exit status: 0 where nothing was reported, 10 where a tool reported something or a result is wrong, 2 where a tool could not run
 to its end, with the reason, or one that is known for false alarms reported something.
 
 What the tools see is made for them:
@@ -498,7 +498,8 @@ def under(tool: str, sanitizer: str | None, usage: str, backends: str, seconds: 
     with suppress(OSError, ValueError):
         found |= json.loads(report.read_text())
     if sanitizer is None:
-        wrong = [*found.pop("wrong", []), *([_reason("", printed, status)] if status else [])]
+        fault = status not in (0, None) and "CUDA error" in printed
+        wrong = [*found.pop("wrong", []), *([_reason("", printed, status)] if fault else [])]
         found |= {"errors": len(wrong), "reports": wrong[:20], "summary": status == 0}
     else:
         found |= parse_log(text)

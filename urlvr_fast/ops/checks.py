@@ -75,12 +75,14 @@ def _temperature(temperature: float | Tensor, shape: tuple[int, ...], device: to
             raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
         return float(temperature)
     if temperature.dim() == 0:
-        temperature = temperature.to(device, non_blocking=True).expand(shape)
+        temperature = temperature.to(device, non_blocking=device.type == "cuda").expand(shape)
     check_rows("temperature", temperature, shape, device, FLOATS)
     flat = temperature.detach().reshape(-1).to(dtype).contiguous()
-    wrong = ~(flat > 0) if mask is None else ~(flat > 0) & mask
-    if readable(flat) and bool(wrong.any()):
-        raise ValueError(f"temperature[{int(wrong.nonzero()[0])}] = {flat[wrong][0].item()} must be above 0")
+    if readable(flat):
+        wrong = ~((flat > 0) & (flat < math.inf))
+        wrong = wrong if mask is None else wrong & mask
+        if bool(wrong.any()):
+            raise ValueError(f"temperature[{int(wrong.nonzero()[0])}] = {flat[wrong][0].item()} must be above 0 and finite")
     return flat
 
 

@@ -137,7 +137,7 @@ def prepare_loss(
         checks.check_mask(mask, shape, device)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, n, device)
-        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        cu_seqlens = cu_seqlens.to(device, non_blocking=device.type == "cuda")
     _check_needs(options, ref_logp, rollout_logp, cu_seqlens, denominator)
     _check_advantages(advantages, shape, device, cu_seqlens)
     for name, divisor in (("denominator", denominator), ("token_denominator", token_denominator)):
@@ -171,7 +171,8 @@ def prepare_loss(
 
 
 def _dense(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return value.detach().to(device=device, dtype=dtype, non_blocking=True).contiguous()
+    """What goes to a GPU makes nobody wait; what comes from one is waited for."""
+    return value.detach().to(device=device, dtype=dtype, non_blocking=device.type == "cuda").contiguous()
 
 
 def _check_needs(

@@ -305,7 +305,7 @@ def loss_rows(
     """Advantages per token, weights and liveness of the rows. Denominators and lengths come from `mask`, never from live rows."""
     n, device = len(mask), mask.device
     sequence = None if cu_seqlens is None else sequence_of_rows(cu_seqlens, n)
-    advantages = advantages.detach().to(device=device, dtype=dtype, non_blocking=True)  # may be on the host
+    advantages = advantages.detach().to(device=device, dtype=dtype, non_blocking=device.type == "cuda")  # may be on the host
     if sequence is not None and cu_seqlens is not None and len(advantages) != n:
         advantages = advantages[sequence]
 
@@ -334,7 +334,7 @@ def loss_rows(
             return _reciprocal(otherwise)
         if not isinstance(given, Tensor):  # made on the device: a copy to it would be waited for
             return _reciprocal(mask.new_full((), given, dtype=dtype))
-        return _reciprocal(given.to(device=device, dtype=dtype, non_blocking=True))
+        return _reciprocal(given.to(device=device, dtype=dtype, non_blocking=device.type == "cuda"))
 
     of_tokens = options.loss_type not in (*SEQUENCE_RATIO, *SEQUENCE_MEAN, "dr_grpo")
     sequences = None if rows.lengths is None else (rows.lengths > 0).sum().to(dtype)

@@ -6,8 +6,9 @@ With p = softmax(x), H the entropy, V_f the number of finite columns and ℓ_j =
     a = g_lse + g_sc − g_logp − g_H · H      b = −g_H      c = g_logp      d = (g_mean − g_sc) / V_f
 
 A keep set moves the terms of logp (and of the entropy, if it is taken there) to the softmax over that set. Row maximum m and log Σ e^(x
-− m) stay apart, and m is taken off before the temperature divides: a common offset of the logits costs no digit. Sums over V add halves to
-each other: a row's result does not depend on how many rows or threads there are. `layout.py` says what goes in and out.
+− m) stay apart, and the maximum is taken off before the temperature divides: a common offset of the logits costs the gradient no digit.
+Sums over V add halves to each other: a row's result does not depend on how many rows or threads there are. `layout.py` says what goes in
+and out.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def row_sum(values: Tensor) -> Tensor:
         half = (values.shape[1] + 1) // 2
         upper = values[:, half:]
         values = values[:, :half] + (upper if upper.shape[1] == half else torch.nn.functional.pad(upper, (0, 1)))
-    return values[:, 0]
+    return values[:, 0].clone()  # of one column, not the argument's memory
 
 
 Factor = float | Tensor  # a number, or (n,)
@@ -114,9 +115,9 @@ def _multiply(values: Tensor, factor: Factor) -> Tensor:
     return values if factor == 1.0 else values.mul_(factor)
 
 
-def _below(y: Tensor, m: Tensor, factor: Factor) -> Tensor:
-    """x − m in place of y. m is rounded, and what of y it stands for is made from it: forward and backward take the same number off."""
-    return _multiply(y.sub_((safe(m) / factor)[:, None]), factor)
+def _below(y: Tensor, top: Tensor, factor: Factor) -> Tensor:
+    """x − m in place of y, whose maxima are `top`: exactly 0 there."""
+    return _multiply(y.sub_(safe(top)[:, None]), factor)
 
 
 def _local_ids(rows: Rows, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +181,8 @@ def _partials(y: Tensor, factor: Factor, rows: Rows, a: int, b: int) -> Partials
     """Of rows whose x is y · factor. Consumes y."""
     n, columns = y.shape
     zero = y.new_zeros(n)
-    m = y.amax(-1) * factor
+    top = y.amax(-1)
+    m = top * factor
     second, argmax, x_id, bad_id = zero, zero, zero, zero
     if rows.wants("argmax"):
         argmax = y.argmax(-1).to(y.dtype) + rows.id_offset
@@ -190,7 +192,7 @@ def _partials(y: Tensor, factor: Factor, rows: Rows, a: int, b: int) -> Partials
         local, here, valid = _local_ids(rows, a, b)
         x_id = (y.gather(1, local[:, None])[:, 0] * factor).masked_fill(~here, -math.inf)
         bad_id = (~valid if rows.mask is None else ~valid & rows.mask[a:b]).to(y.dtype)
-    shifted = _below(y, m, factor)
+    shifted = _below(y, top, factor)
     keep_m, keep_s, keep_t, keep_id = zero, zero, zero, zero
     if rows.crow is not None:
         keep_m, keep_s, keep_t, keep_id = _keep_partials(shifted, m, rows, a, b)
@@ -331,7 +333,10 @@ def _block_gradient(y: Tensor, factor: Factor, rows: Rows, stats: Tensor, co: Co
     def column(value: Tensor) -> Tensor:
         return value[a:b, None]
 
-    shifted = _below(y, stats[Stat.ROW_MAX, a:b], factor)
+    top = y.amax(-1)
+    shifted = _below(y, top, factor)
+    if y.shape[1] != rows.total:  # a shard: the row's maximum may lie in another
+        shifted.add_((safe(top * factor) - safe(stats[Stat.ROW_MAX, a:b]))[:, None])
     flat = given & (1 << Stat.SELF_CERTAINTY | 1 << Stat.MEAN_LOGIT)
     infinite = shifted == -math.inf if flat else None
     kept = None
