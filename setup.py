@@ -2,13 +2,15 @@
 
 `kernels/` stands beside `urlvr_fast/` in the checkout and installs as `urlvr_fast.kernels`. `csrc/` becomes one plain shared library,
 `urlvr_fast/_C.abi3.so`, which knows nothing of Python and uses torch's stable ABI: one build serves torch 2.11 and newer. It is made
-where there is a C++ compiler, with its CUDA part where there are nvcc and a CUDA torch as well. Without a compiler the installation goes
-on without it, and `urlvr doctor` says what is missing. URLVR_FAST_BUILD=0 leaves it out; TORCH_CUDA_ARCH_LIST, torch's own variable, says
-for which GPUs the CUDA part is compiled (as "9.0a" for a Hopper alone: half of the time).
+where there is a C++ compiler, with its CUDA part where there are a CUDA torch and the nvcc of its CUDA as well. Without them the
+installation goes on without it, and `urlvr doctor` says what is missing. URLVR_FAST_BUILD=0 leaves it out; TORCH_CUDA_ARCH_LIST, torch's
+own variable, says for which GPUs the CUDA part is compiled (as "9.0a" for a Hopper alone: half of the time).
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def compiled_kernels() -> dict:
     root = Path(__file__).parent
     folders, endings = ["csrc", "csrc/cpu"], [".cpp"]
     make, flags = cpp_extension.CppExtension, {"cxx": CXX}
-    if cpp_extension.CUDA_HOME is not None and cuda_torch():
+    if cuda_compiler(cpp_extension.CUDA_HOME):
         folders, endings = [*folders, "csrc/cuda"], [".cpp", ".cu"]
         architectures = [] if chosen_architectures() else ARCHITECTURES
         make, flags = cpp_extension.CUDAExtension, {"cxx": CXX, "nvcc": NVCC + architectures}
@@ -71,10 +73,22 @@ def chosen_architectures() -> bool:
     return bool(kept)
 
 
-def cuda_torch() -> bool:
+def cuda_compiler(home: str | None) -> bool:
+    """Whether the nvcc under `home` can build for this torch: it must be there, and of the CUDA that torch was built with."""
     import torch
 
-    return torch.version.cuda is not None
+    if home is None or torch.version.cuda is None:
+        return False
+    nvcc = Path(home) / "bin" / "nvcc"
+    if not nvcc.exists():
+        skip(f"there is no {nvcc}", "the CUDA kernels")
+        return False
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.", said)
+    fits = release is not None and release[1] == torch.version.cuda.split(".")[0]
+    if not fits:
+        skip(f"{nvcc} is of another CUDA than torch's {torch.version.cuda}", "the CUDA kernels")
+    return fits
 
 
 def link_cuda_runtime(extension) -> None:
@@ -90,8 +104,8 @@ def link_cuda_runtime(extension) -> None:
         extension.extra_link_args = [*extension.extra_link_args, str(found[0])]
 
 
-def skip(reason: str) -> dict:
-    print(f"urlvr_fast: building without the compiled kernels: {reason}", file=sys.stderr)
+def skip(reason: str, what: str = "the compiled kernels") -> dict:
+    print(f"urlvr_fast: building without {what}: {reason}", file=sys.stderr)
     return {}
 
 

@@ -94,6 +94,21 @@ def test_the_build_of_vllm_has_to_fit_the_machine(
     assert bool(check.fix) == bool(fix)
 
 
+def test_a_gpu_needs_what_triton_builds_its_launcher_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(doctor.shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
+    assert "Triton's launcher" not in by_name(doctor._tools(gpu=False))
+    assert by_name(doctor._tools(gpu=True))["Triton's launcher"].state == "ok"
+    (tmp_path / "Python.h").unlink()
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    found = by_name(doctor._tools(gpu=True))["Triton's launcher"]
+    assert (found.state, found.needed) == ("missing", True)
+    assert "a C compiler and" in found.detail
+    assert "python3-dev" in found.fix
+
+
 def test_a_backend_that_cannot_be_had_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("URLVR_FAST_BACKEND", "no-such-backend")
     in_use = by_name(doctor._backends())["in use"]

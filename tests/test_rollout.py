@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from urlvr_fast.trainer.rollout import RolloutError, Sampling
+from urlvr_fast.trainer import config
+from urlvr_fast.trainer.model import check_engine
+from urlvr_fast.trainer.rollout import RolloutError, Sampling, seeded
 from urlvr_fast.trainer.rollout.hf import HFRollout
 from urlvr_fast.trainer.rollout.vllm import VLLMRollout, require_vllm, vllm_version
 
@@ -136,3 +139,26 @@ def _not_installed(name):
     import importlib.metadata
 
     raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_a_seed_holds_for_all_that_engines_draw_from_and_leaves_no_trace():
+    """vLLM's newer model runner takes the seed of a request from numpy."""
+    torch.manual_seed(7)
+    np.random.seed(7)
+    expected = torch.rand(1).item(), np.random.rand()
+    torch.manual_seed(7)
+    np.random.seed(7)
+    draws = []
+    for seed in (2**40 + 3, 2**40 + 3, 4):
+        with seeded(seed):
+            draws.append((torch.rand(1).item(), np.random.randint(0, 2**63, dtype=np.int64)))
+    assert draws[0] == draws[1]
+    assert draws[0][0] != draws[2][0]
+    assert draws[0][1] != draws[2][1]
+    assert (torch.rand(1).item(), np.random.rand()) == expected
+
+
+def test_vllm_and_the_model_are_on_the_same_gpu():
+    with pytest.raises(config.ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        check_engine(config.load(None, ["trainer.device=cuda:1"]))
+    check_engine(config.load(None, ["trainer.device=cuda:1", "rollout.engine=hf"]))

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def report() -> list[Check]:
         *_trials(),
         *_optional_packages(),
         *_machine(gpus, build),
-        *_tools(),
+        *_tools(bool(gpus)),
         *_backends(),
     ]
 
@@ -235,8 +236,16 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return [flag for flag in CPU_FLAGS if flag in present]
 
 
-def _tools() -> Iterator[Check]:
-    """Compilers: the C++ one builds the CPU kernels and serves torch.compile and Triton, nvcc builds the CUDA kernels."""
+def _tools(gpu: bool) -> Iterator[Check]:
+    """Compilers: the C++ one builds the CPU kernels and serves torch.compile, nvcc builds the CUDA kernels. On a GPU Triton
+    builds its launcher with a C compiler and Python's headers, at its first kernel."""
+    if gpu:
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        lacking = [name for name, there in (("a C compiler", compiler), (str(header), header.is_file())) if not there]
+        state, detail = ("missing", f"Triton needs {' and '.join(lacking)}") if lacking else ("ok", f"{compiler}, {header}")
+        add = "apt-get install -y gcc python3-dev" if lacking else ""
+        yield Check("Triton's launcher", state, detail, add, needed=True, section="tools")
     for name, purpose, add in (
         ("g++", "to build the CPU kernels", "apt-get install -y g++"),
         ("nvcc", "to build the CUDA kernels", "install the CUDA toolkit of your torch's version"),

@@ -596,7 +596,8 @@ def exit_status(result: dict[str, Any]) -> int:
     parts = result["parts"]
     if any(found.get("wrong") for found in parts.values()):
         return FOUND_WRONG
-    return RIGHT if all(name in parts and "error" not in parts[name] for name in PARTS) else UNCHECKED
+    failed = any(name.endswith("error") for found in parts.values() for name in found)  # that of an engine that was tried first, too
+    return RIGHT if all(name in parts for name in PARTS) and not failed else UNCHECKED
 
 
 if __name__ == "__main__":

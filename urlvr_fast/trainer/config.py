@@ -68,7 +68,7 @@ class RolloutConfig:
     logp_gap_limit: float | None = option(
         None,
         "Stop when a sampled token's log-prob, or a statistic taken while sampling, differs by more than this between engine and trainer. "
-        "Unset: 1e-3 in fp32, 1.0 in 16 bit.",
+        "Unset: 1e-3 in fp32, 5.0 in 16 bit.",
     )
     stats: str = option(
         "sampling",

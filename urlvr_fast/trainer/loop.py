@@ -405,7 +405,8 @@ def check_gaps(run: Run, step: int, metrics: dict[str, float]) -> None:
     """
     limit = run.config.rollout.logp_gap_limit
     if limit is None:
-        limit = 1e-3 if run.loaded.dtype == "float32" else 1.0
+        # In 16 bit the engine rounds weights, hidden states and logits that the trainer does not: a rare token may be off by over a nat.
+        limit = 1e-3 if run.loaded.dtype == "float32" else 5.0
     logp, stats = metrics["logp_gap_max"], metrics.get("stats_gap_max", 0.0)
     # `not <=` is true for NaN as well.
     if not logp <= limit:

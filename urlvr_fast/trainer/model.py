@@ -54,7 +54,8 @@ def load_model(config: Config, source: str) -> LoadedModel:
     device = torch.device(pick_device(config.trainer.device))
     dtype = config.trainer.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        # GPUs before sm_80 have no bfloat16 products, and vLLM refuses it there.
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     disable_progress_bar()  # a bar for every shard would break the live view
@@ -91,9 +92,16 @@ def pick_device(device: str) -> str:
 
 
 def check_engine(config: Config) -> None:
-    """Raise RolloutError now, before anything slow, when the engine that is asked for is not there."""
-    if config.rollout.engine == "vllm":
-        require_vllm()
+    """Raise now, before anything slow: RolloutError when the engine that is asked for is not there, ConfigError when it would be on another
+    GPU than the model."""
+    if config.rollout.engine != "vllm":
+        return
+    require_vllm()
+    if torch.device(config.trainer.device if config.trainer.device != "auto" else "cpu").index:
+        raise ConfigError(
+            f"trainer.device={config.trainer.device}: vLLM runs on the first GPU that it sees. Set CUDA_VISIBLE_DEVICES to the one you "
+            "mean and trainer.device=cuda, or sample with rollout.engine=hf"
+        )
 
 
 def build_rollout(config: Config, loaded: LoadedModel, max_model_len: int, *, statistics: bool = False) -> Rollout:

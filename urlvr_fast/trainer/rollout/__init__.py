@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +24,17 @@ class RolloutError(ExplainedError, RuntimeError):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's global generators under `seed`, and as they were afterwards. Engines sample from them."""
+    """The global generators of torch and numpy under `seed`, and as they were afterwards. Engines sample from them: vLLM's newer model
+    runner gives every request a seed out of numpy's."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    state = np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        yield
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
 
 
 @dataclass(frozen=True)

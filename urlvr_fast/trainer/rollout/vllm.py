@@ -57,12 +57,15 @@ class VLLMRollout:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights travel as tensors, which needs the engine in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        if statistics and os.environ.setdefault(V2_RUNNER, "0") != "0":
+        # For every engine: vLLM reads it once in a process, and what a seed draws must not depend on what a reward needs.
+        if os.environ.setdefault(V2_RUNNER, "0") != "0" and statistics:
             # Its batch has no rows that move, and its processors are of another kind.
             raise RolloutError(
                 f"rollout.stats=sampling needs vLLM's V1 model runner, and {V2_RUNNER}={os.environ[V2_RUNNER]} asks for the other: "
                 "unset it, or ask for rollout.stats=recompute"
             )
+        if dtype == "float32":
+            os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # or attention kernels multiply in tf32, three digits short of fp32
         set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
         # vLLM's own use of torch and Triton: nothing that a user could change. VLLM_LOGGING_LEVEL brings its log back.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
@@ -79,24 +82,26 @@ class VLLMRollout:
 
             self._recorder = StatisticsRecorder()
             processors = {"logits_processors": [processor_class(self._recorder)]}
-        self._llm: Any = LLM(
-            model=model,
-            generation_config="vllm",  # none of the model's own sampling defaults or stop tokens: `generate` says all there is to say
-            skip_tokenizer_init=True,  # prompts and completions are token ids
-            dtype=dtype,
-            enforce_eager=not on_gpu,
-            max_model_len=max_model_len,
-            max_num_seqs=max_sequences,
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            seed=seed,
-            **memory,
-            **processors,
-        )
-        # vLLM's CPU worker sets the thread count of the process that hosts it and replaces the function that would set it back.
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
+        try:
+            self._llm: Any = LLM(
+                model=model,
+                generation_config="vllm",  # none of the model's own sampling defaults or stop tokens: `generate` says all there is to say
+                skip_tokenizer_init=True,  # prompts and completions are token ids
+                dtype=dtype,
+                enforce_eager=not on_gpu,
+                max_model_len=max_model_len,
+                max_num_seqs=max_sequences,
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                seed=seed,
+                **memory,
+                **processors,
+            )
+        finally:
+            # vLLM's workers set the thread count of the process that hosts them; the CPU's replaces the function that would set it back.
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(threads)
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
         from vllm import SamplingParams

@@ -32,7 +32,8 @@ NUMBER = "urlvr_fast_request"  # the key in SamplingParams.extra_args
 class StatisticsRecorder:
     """What the processor of one engine takes. `start`, then let the engine generate, then `finish`.
 
-    Nothing is read from the device before `finish`, so taking statistics never waits for the GPU.
+    Nothing is read from the device before `finish`. (vLLM itself, once it has a processor of this kind, waits in every step for the tokens
+    of the one before.)
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ class StatisticsRecorder:
 
         Raises RolloutError when a token has none: then this vLLM moves its rows in a way that is not known here.
         """
-        values = torch.cat([torch.empty(len(self._outputs), 0), *(v.cpu() for v in self._values)], dim=1)
+        values = torch.cat(self._values, dim=1).cpu() if self._values else torch.empty(len(self._outputs), 0)
         length = torch.tensor(lengths, dtype=torch.int64)
         row, number, position = (torch.tensor(v, dtype=torch.int64) for v in (self._row, self._number, self._position))
         number = number - self._numbers.start
