@@ -1,10 +1,8 @@
 # make train   set up, then train the bundled model without labels; make test   set up, then run the tests; make bench   measure the ops.
 # make gpu-check   check and measure everything on a GPU.
 # make paper   repeat the paper's findings on small models (about an hour on two cores; what is in experiments/results is not made again).
-# WORKERS=N runs the tests in so many processes (default 2; some start an engine or a compiler of their own).
 # ARGS="…" goes to the command that is run: make train ARGS="trainer.steps=50", make test ARGS="-k rewards".
 BIN := .venv/bin
-WORKERS ?= 2
 ARGS ?=
 
 .PHONY: help setup train test bench gpu-check paper lint types clean
@@ -19,7 +17,7 @@ train: setup
 	@$(BIN)/urlvr train configs/quickstart.yaml $(ARGS)
 
 test: setup lint types
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/pytest $(ARGS)
 
 # The peers that the ops are compared with come with it. Results go to benches/results; the README's table is made from the newest.
 bench: setup

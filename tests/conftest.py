@@ -36,17 +36,11 @@ class DrawnOnHost(TorchFunctionMode):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "own_process: runs other tests in a process of their own, some for minutes")
     config.addinivalue_line("markers", "host: a promise for tensors on the host, where looking at a number makes nobody wait")
     config.addinivalue_line("markers", "real: needs a device, or none; the simulated one will not do")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):  # `--dist loadgroup`: a file's fixtures are made once, and the longest begin first
-        for item in items:
-            alone = item.get_closest_marker("own_process")
-            item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
-        items.sort(key=lambda item: item.get_closest_marker("own_process") is None)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if DEVICE != "cpu" and item.get_closest_marker("host"):
             item.add_marker(pytest.mark.skip(reason="a promise for tensors on the host"))

@@ -18,7 +18,6 @@ RUNS = {
 }
 
 
-@pytest.mark.own_process
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on the PATH: the device cannot be built")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
