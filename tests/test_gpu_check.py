@@ -22,7 +22,7 @@ from benches.machine import ROOT
 simulated = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on the PATH: the device cannot be built"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 FEW = ["--pytest=-k", "--pytest=test_gpu and (advantages_make_nobody_wait or (host_knows and cuda-dapo))"]
 
