@@ -107,7 +107,7 @@ def on_simulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Callable:
     return run
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_every_kernel_is_launched_in_every_kind_and_is_right(on_simulated_gpu) -> None:
     found, launched = on_simulated_gpu("benches.gpu_check.sanitized", "--bare")
     assert found["cases"] == found["compared"] == found["of"] == len(list(sanitized.cases()))
@@ -126,14 +126,14 @@ def test_no_kernel_of_the_sources_is_overlooked() -> None:
     assert set().union(*(names for _, _, names in counters.ROWS.values())) <= sanitized.kernel_names(["cuda", "triton"]).keys()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_what_takes_place_however_late_it_is_has_every_kernel(on_simulated_gpu) -> None:
     found, launched = on_simulated_gpu("benches.gpu_check.sanitized", "--until", "0")
     assert found["cases"] == sanitized.LEAST < found["of"]
     assert {name: len([one for one in launched if one[0] == name]) for name, *_ in launched} == sanitized.kernel_names(["cuda"])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_rows_of_the_counters_run(on_simulated_gpu) -> None:
     found, launched = on_simulated_gpu("benches.gpu_check.counters", "--backends", "cuda", "--rows", "8", "--columns", "20003")
     assert [(entry["row"], entry["error"]) for entry in found] == [(row, "") for row in counters.ROWS]

@@ -72,7 +72,7 @@ sys.exit(trainer.main(["--device", "cuda", "--size", "tiny", "--seconds", "300",
 
 def run(script: str, out: Path, **environment: str) -> tuple[dict, str]:
     command = [sys.executable, "-c", script, str(out)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text()), done.stdout
 
