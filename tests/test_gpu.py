@@ -261,14 +261,15 @@ def steps_on(p: Problem, late: Problem, backend: str, name: str) -> list[Tensor]
 def test_the_learner_waits_once_a_batch(tiny_model_dir, monkeypatch):
     """For the sums of all micro-batches; what the model's body waits for is not counted."""
     import simulated_gpu
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from urlvr_fast.trainer.batch import RolloutBatch
     from urlvr_fast.trainer.config import LossConfig, TrainerConfig
     from urlvr_fast.trainer.learner import Learner
 
     monkeypatch.setenv("URLVR_FAST_BACKEND", "torch")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).cuda()
+    # Not from_pretrained: where another device than the host is the default, that asks for `accelerate`.
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model_dir))
     learner = Learner(model, trainer=TrainerConfig(micro_batch_tokens=64), loss=LossConfig(), dtype="float32", max_response_tokens=16)
     rollouts, prompt, response = 16, 4, 6
     tokens = rollouts * (prompt + response)

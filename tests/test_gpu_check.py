@@ -117,12 +117,18 @@ def test_failures_are_all_named_and_some_of_each_kind_in_full() -> None:
 
 
 def test_a_build_that_fails_leaves_the_kernels_that_need_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And takes away the library of an earlier build, which may be of other sources."""
     ran = []
+    checkout = tmp_path / "checkout"
+    stale = checkout / "urlvr_fast" / "_C.abi3.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
 
     def run_stage(stage: check.Stage, given: check.Check, seconds: float) -> dict:
         ran.append((stage.name, stage.variables(given).get("URLVR_FAST_BUILD")))
         return {"status": int(stage.name == "build"), "killed": False, "seconds": 0.0, "tail": "nvcc: no"}
 
+    monkeypatch.setattr(check, "ROOT", checkout)
     monkeypatch.setattr(check, "run_stage", run_stage)
     monkeypatch.setattr(check, "missing", lambda building: [])
     monkeypatch.setattr(check, "describe", lambda device: {"device": "none", "torch": "0", "commit": "0"})
@@ -131,6 +137,7 @@ def test_a_build_that_fails_leaves_the_kernels_that_need_none(tmp_path: Path, mo
     monkeypatch.setattr(check, "clocks", dict)
     assert check.main(["--out", str(tmp_path), "--wheels", str(tmp_path / "none"), "--stages", "build,rates"]) == check.UNCHECKED
     assert ran == [("build", None), ("build without csrc", "0"), ("rates", None)]
+    assert not stale.exists()
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
