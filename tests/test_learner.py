@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from urlvr_fast.ops import linear_token_stats
 from urlvr_fast.trainer.batch import build_batch
 from urlvr_fast.trainer.config import LossConfig, TrainerConfig
-from urlvr_fast.trainer.learner import Learner, find_head, learning_rate
+from urlvr_fast.trainer.learner import Head, Learner, find_head, learning_rate
 from urlvr_fast.trainer.rollout import Completion
 
 
@@ -222,6 +223,20 @@ def test_a_head_that_does_more_is_refused(model):
     model.forward = doubled
     with pytest.raises(ValueError, match="does something between hidden states and logits"):
         find_head(model)
+
+
+def test_a_scale_covers_the_bias():
+    """As `find_head` checks it against a model: softcap((h·Wᵀ + b)·scale)."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((7, 5), (11, 5), (11,)))
+    bias.requires_grad_()
+    ids, head = torch.arange(7), Head(weight, bias, 5.0, 0.5)
+    got = linear_token_stats(hidden, head.weight, ids, outputs=("logp",), **head.options()).logp
+    logits = 5.0 * torch.tanh(torch.nn.functional.linear(hidden, weight, bias) * 0.5 / 5.0)
+    expected = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    gradients = [torch.autograd.grad(logp.sum(), bias)[0] for logp in (got, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ class Head:
     scale: float
 
     def options(self) -> dict[str, Any]:
-        return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+        """Of the ops, which add the bias after scaling: models add it before."""
+        bias = self.bias if self.bias is None or self.scale == 1 else self.bias * self.scale
+        return {"bias": bias, "softcap": self.softcap, "scale": self.scale}
 
 
 def find_head(model: Any) -> Head:
