@@ -270,12 +270,12 @@ template <class R> ROWS_FN R regulariser_gradient(R coefficient, R weight) { ret
 // What the rows come to. Sums first, then the two maxima; `finish_metrics` makes of them what users see, in the lines of Metric.
 enum LossSum : int {
   SUM_POLICY, SUM_KL_TERM, SUM_ENTROPY_TERM, SUM_SELF_CERTAINTY_TERM,  // weighted: parts of the loss
-  SUM_LIVE, SUM_RATIO, SUM_LOW, SUM_HIGH, SUM_ROLLOUT_WEIGHT, SUM_KL, SUM_ENTROPY, SUM_SELF_CERTAINTY,
+  SUM_LIVE, SUM_RATIO, SUM_LOW, SUM_HIGH, SUM_ROLLOUT_WEIGHT, SUM_KL, SUM_ENTROPY, SUM_SELF_CERTAINTY, SUM_GAP,
   MAX_RATIO, MAX_GAP, LOSS_SUMS
 };
 enum Metric : int {
   METRIC_LOSS, METRIC_POLICY, METRIC_TOKENS, METRIC_LIVE, METRIC_SEQUENCES, METRIC_RATIO, METRIC_LOW, METRIC_HIGH, METRIC_ROLLOUT_WEIGHT,
-  METRIC_KL, METRIC_ENTROPY, METRIC_SELF_CERTAINTY, METRIC_RATIO_MAX, METRIC_GAP_MAX, METRICS
+  METRIC_KL, METRIC_ENTROPY, METRIC_SELF_CERTAINTY, METRIC_GAP_MEAN, METRIC_RATIO_MAX, METRIC_GAP_MAX, METRICS
 };
 // Bits of how `loss_rows` weighs rows (reference.py: loss_rows).
 enum Weighing : int64_t {
@@ -304,6 +304,7 @@ ROWS_FN void row_sums(const LossTerms<R>& t, R weight, R regulariser, R entropy,
   out[SUM_KL] = t.kl;
   out[SUM_ENTROPY] = entropy;
   out[SUM_SELF_CERTAINTY] = self_certainty;
+  out[SUM_GAP] = t.gap;
   out[MAX_RATIO] = t.ratio;
   out[MAX_GAP] = t.gap;
 }
@@ -326,7 +327,7 @@ ROWS_FN void finish_metrics(const R sums[LOSS_SUMS], R tokens, R sequences, cons
   out[METRIC_TOKENS] = Out(tokens);
   out[METRIC_LIVE] = Out(sums[SUM_LIVE]);
   out[METRIC_SEQUENCES] = Out(sequences);
-  for (int i = METRIC_RATIO; i <= METRIC_SELF_CERTAINTY; ++i) out[i] = Out(sums[SUM_RATIO + (i - METRIC_RATIO)] * each);
+  for (int i = METRIC_RATIO; i <= METRIC_GAP_MEAN; ++i) out[i] = Out(sums[SUM_RATIO + (i - METRIC_RATIO)] * each);
   out[METRIC_RATIO_MAX] = Out(sums[MAX_RATIO]);
   out[METRIC_GAP_MAX] = Out(sums[MAX_GAP]);
 }

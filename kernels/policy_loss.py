@@ -49,7 +49,7 @@ GRADS = Constant(layout.GRADS)
 # What a block of rows adds to `metrics_kernel`: the weighted sums that make the loss, then those behind the means and the two maxima in
 # the order of the metrics.
 POLICY, KL_TERM, ENTROPY_TERM, SELF_CERTAINTY_TERM = Constant(0), Constant(1), Constant(2), Constant(3)
-LIVE, MEANS, MAXIMA, SUMS = Constant(4), Constant(5), Constant(12), Constant(14)
+LIVE, MEANS, MAXIMA, SUMS = Constant(4), Constant(5), Constant(13), Constant(15)
 METRIC_LOSS = Constant(int(Metric.LOSS))
 METRIC_POLICY = Constant(int(Metric.POLICY_LOSS))
 METRIC_TOKENS = Constant(int(Metric.TOKENS))
@@ -57,7 +57,7 @@ METRIC_LIVE = Constant(int(Metric.LIVE_TOKENS))
 METRIC_SEQUENCES = Constant(int(Metric.SEQUENCES))
 METRIC_MEANS = Constant(int(Metric.RATIO_MEAN))
 METRIC_MAXIMA = Constant(int(Metric.RATIO_MAX))
-assert Metric.RATIO_MAX - Metric.RATIO_MEAN == 7, "between MEANS and MAXIMA"
+assert Metric.RATIO_MAX - Metric.RATIO_MEAN == 8, "between MEANS and MAXIMA"
 
 # The order of LossNumbers in csrc/rows.h.
 NUMBERS = (
@@ -323,7 +323,7 @@ def objective_kernel(
     one = tl.zeros((BLOCK,), tl.float32) + 1
     summed = (
         policy * weight, kl * regulariser, h * regulariser, sc * regulariser,
-        one, r, clipped_low, clipped_high, w, kl, h, sc,
+        one, r, clipped_low, clipped_high, w, kl, h, sc, gap,
     )  # fmt: skip
     to = partial + tl.program_id(0).to(tl.int64) * SUMS
     for i in tl.static_range(MAXIMA):

@@ -1055,5 +1055,5 @@ def test_the_metrics_have_their_lines(kernels):
     assert found == {
         "loss": -1.0, "policy_loss": -1.0, "tokens": 5.0, "live_tokens": 1.0, "sequences": 3.0, "ratio_mean": 1.0, "clip_frac_low": 0.0,
         "clip_frac_high": 0.0, "rollout_weight_mean": 1.0, "kl": 0.0, "entropy": 2.5, "self_certainty": 3.5, "ratio_max": 1.0,
-        "rollout_gap_max": 0.0,
+        "rollout_gap_mean": 0.0, "rollout_gap_max": 0.0,
     }  # fmt: skip

@@ -153,6 +153,7 @@ def test_scores_and_entropy_are_the_models(model):
     _, metrics = accumulated(learner, batch, advantages)
     assert metrics["actor_entropy"] == pytest.approx(stats["entropy"].mean().item(), abs=1e-5)
     assert metrics["logp_gap_max"] == pytest.approx((stats["logp"] - batch.sampled_logp).abs().max().item(), abs=2e-5)
+    assert metrics["logp_gap_mean"] == pytest.approx((stats["logp"] - batch.sampled_logp).abs().mean().item(), abs=2e-5)
 
 
 def test_gap_sees_a_rollout_that_is_dead(model):
@@ -162,7 +163,9 @@ def test_gap_sees_a_rollout_that_is_dead(model):
     advantages = torch.zeros(len(batch))
     advantages[0] = 1.0
     learner = make_learner(model)
-    assert learner.accumulate(batch, advantages)["logp_gap_max"] == pytest.approx(0.5, abs=1e-4)
+    metrics = learner.accumulate(batch, advantages)
+    assert metrics["logp_gap_max"] == pytest.approx(0.5, abs=1e-4)
+    assert metrics["logp_gap_mean"] == pytest.approx(0.5 * last.float().mean().item(), abs=1e-4)
 
 
 def test_all_dead_leaves_the_weights_alone(model):

@@ -322,7 +322,8 @@ def test_metrics_by_hand():
     )
     weights = torch.exp(old - logp - torch.tensor([0.0, -0.3, 0.1, 9.0])).clamp(max=1.5)[:3]
     expected = {"tokens": 4, "live_tokens": 3, "ratio_mean": 3.625 / 3, "ratio_max": 2.0, "clip_frac_low": 1 / 3, "clip_frac_high": 1 / 3}
-    expected |= {"entropy": 2.0, "rollout_gap_max": 0.3, "rollout_weight_mean": weights.mean().item(), "policy_loss": loss.item()}
+    expected |= {"entropy": 2.0, "rollout_gap_max": 0.3, "rollout_gap_mean": 0.4 / 3}
+    expected |= {"rollout_weight_mean": weights.mean().item(), "policy_loss": loss.item()}
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         assert metrics[name].dim() == 0
@@ -334,6 +335,7 @@ def test_metrics_by_hand():
 def test_the_gap_to_the_sampler_is_measured_without_a_correction():
     _, metrics = policy_loss(torch.tensor([-1.0, -2.0]), advantages=torch.ones(2), rollout_logp=torch.tensor([-1.5, -2.1]))
     assert metrics["rollout_gap_max"].item() == pytest.approx(0.5)
+    assert metrics["rollout_gap_mean"].item() == pytest.approx(0.3)
     assert "rollout_weight_mean" not in metrics
 
 

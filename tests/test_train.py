@@ -442,9 +442,10 @@ def test_statistics_of_other_tokens_stop_the_run(tmp_path, monkeypatch):
         run(tmp_path, "reward=self_certainty", "eval.prompts=0")
 
 
-def test_a_log_prob_gap_stops_the_run(tmp_path):
+@pytest.mark.parametrize("limit", ["logp_gap_limit", "logp_gap_mean_limit"])
+def test_a_log_prob_gap_stops_the_run(tmp_path, limit):
     with pytest.raises(RolloutError, match="stale weights"):
-        run(tmp_path, "rollout.logp_gap_limit=1e-12")
+        run(tmp_path, f"rollout.{limit}=1e-12")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "failed"
     assert "log-prob" in record["reason"]

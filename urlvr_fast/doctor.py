@@ -32,7 +32,7 @@ OPTIONAL = {  # distribution -> (what it is for, command that adds it)
     "triton": ("the Triton kernels, on a GPU", "pip install triton"),
     "tensorboard": ("log.tensorboard=true", "pip install tensorboard"),
     "wandb": ("log.wandb=true", "pip install wandb"),
-    "trl": ("the comparison benchmarks", "pip install 'urlvr_fast[bench]'"),
+    "trl": ("urlvr_fast.adapters.trl, and the benchmarks beside TRL", "pip install 'urlvr_fast[trl]'"),
 }
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
 

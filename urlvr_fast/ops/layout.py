@@ -92,8 +92,9 @@ class Metric(IntEnum):
     KL = 9
     ENTROPY = 10
     SELF_CERTAINTY = 11
-    RATIO_MAX = 12
-    ROLLOUT_GAP_MAX = 13
+    ROLLOUT_GAP_MEAN = 12
+    RATIO_MAX = 13
+    ROLLOUT_GAP_MAX = 14
 
 
 METRICS = len(Metric)

@@ -190,6 +190,7 @@ class PackedRows:
             "kl": bool(self.present & HAS_REF),
             "entropy": values.entropy is not None,
             "self_certainty": values.self_certainty is not None,
+            "rollout_gap_mean": bool(self.present & HAS_ROLLOUT),
             "rollout_gap_max": bool(self.present & HAS_ROLLOUT),
         }
         lines = results.unbind()

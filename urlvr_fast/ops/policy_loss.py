@@ -325,7 +325,7 @@ def policy_loss(
             mean. May be on the CPU when the rest is not.
         old_logp: of the policy that took the previous step's weights; None means logp.detach(), that is r = 1 (on-policy).
         ref_logp: of the reference policy; needed where beta != 0, otherwise only the metric `kl` uses it.
-        rollout_logp: of the sampler; needed by `rollout_correction`, otherwise only the metric `rollout_gap_max` uses it.
+        rollout_logp: of the sampler; needed by `rollout_correction`, otherwise only metrics use it.
         entropy, self_certainty: per token; differentiable; needed where their coefficient is not 0, reported in the metrics if given.
         mask: bool, True counts. What a masked token holds never matters, not even NaN.
         cu_seqlens: (B + 1,) int32 or int64 offsets of the sequences in the flattened rows. May be on the CPU when the rest is not.
@@ -344,11 +344,11 @@ def policy_loss(
     Returns:
         (loss, metrics). The loss is 0-d, fp32 (fp64 for fp64 log-probs). Metrics are detached 0-d tensors on the device, each present
         where its input is: `policy_loss` (already divided, so it adds up over micro-batches); the counts `tokens`, `live_tokens`,
-        `sequences`; the maxima `ratio_max` and `rollout_gap_max`, the largest |logp − rollout_logp|; and means over the live tokens, to
-        be weighted with `live_tokens`: `ratio_mean`, `clip_frac_low`, `clip_frac_high` (ratio outside the range on the side where that
-        stops the gradient; cispo: above its cap), `kl`, `entropy`, `self_certainty`, `rollout_weight_mean`. Live are the tokens that
-        count and are not dead, dead being advantage 0 without a KL, entropy or self-certainty term (for types that join a sequence:
-        throughout it).
+        `sequences`; the maxima `ratio_max` and `rollout_gap_max`; and means over the live tokens, to be weighted with `live_tokens`:
+        `ratio_mean`, `clip_frac_low`, `clip_frac_high` (ratio outside the range on the side where that stops the gradient; cispo: above
+        its cap), `kl`, `entropy`, `self_certainty`, `rollout_weight_mean`, `rollout_gap_mean`. The gap is |logp − rollout_logp|. Live are
+        the tokens that count and are not dead, dead being advantage 0 without a KL, entropy or self-certainty term (for types that join
+        a sequence: throughout it).
 
     Raises:
         ValueError: something a loss type needs is missing (it is named), a number out of range, a shape or device that does not fit.

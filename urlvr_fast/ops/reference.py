@@ -485,6 +485,8 @@ def policy_objective(
     means = {"ratio_mean": terms.ratio, "clip_frac_low": terms.clipped_low, "clip_frac_high": terms.clipped_high}
     if weight is not None:
         means["rollout_weight_mean"] = weight
+    if rows.rollout_logp is not None:
+        means["rollout_gap_mean"] = (logp - rows.rollout_logp).abs()
     regularisers = []
     if rows.ref_logp is not None:
         regularisers.append(("kl", kl_estimate(logp, rows.ref_logp.masked_fill(dead, 0), options.kl), options.beta))
@@ -508,7 +510,7 @@ def _metrics(logp: Tensor, terms: Terms, means: dict[str, Tensor], policy_loss: 
     live_tokens, *averages = (*sums[:1], *(sums[1:] * _reciprocal(sums[0])))
     largest = {"ratio_max": terms.ratio}
     if rows.rollout_logp is not None:
-        largest["rollout_gap_max"] = (logp - rows.rollout_logp).abs()
+        largest["rollout_gap_max"] = means["rollout_gap_mean"]
     stacked = torch.stack(list(largest.values())).masked_fill(dead, 0)
     highest = stacked.amax(1) if len(dead) else stacked.sum(1)
     metrics = {"policy_loss": policy_loss.detach().clone(), "tokens": rows.mask.sum().to(dtype), "live_tokens": live_tokens}

@@ -89,7 +89,7 @@ def sections_of(runs: list[Run]) -> list[tuple[str, list[Spec]]]:
                 Spec("Rollouts", (("parse_rate", "answer parses"), ("truncated_rate", "cut off"), *passes), "Shares."),
                 Spec(
                     "Log-prob gap",
-                    (("logp_gap_max", "largest, nats"),),
+                    (("logp_gap_max", "largest, nats"), ("logp_gap_mean", "mean")),
                     "Between the engine that samples and the model that trains; log scale.",
                     scale="log",
                 ),

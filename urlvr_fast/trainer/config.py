@@ -70,6 +70,9 @@ class RolloutConfig:
         "Stop when a sampled token's log-prob, or a statistic taken while sampling, differs by more than this between engine and trainer. "
         "Unset: 1e-3 in fp32, 5.0 in 16 bit.",
     )
+    logp_gap_mean_limit: float | None = option(
+        None, "Stop when the sampled tokens' log-probs differ by more than this in the mean of a step. Unset: 1e-3 in fp32, 0.1 in 16 bit."
+    )
     stats: str = option(
         "sampling",
         "Where the entropy or self-certainty that a reward needs comes from. `sampling`: the engine's logits, while it samples; a run's "

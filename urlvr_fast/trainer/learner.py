@@ -136,7 +136,8 @@ class Learner:
 
         advantages: (B,). Rollouts whose advantage is 0 have no gradient unless a bonus asks for one; they go through the body without
         gradient, for the metrics alone, and not at all when the statistics are in the batch already. Returns the batch's metrics:
-        `actor_entropy` and `logp_gap_max` over all response tokens, `loss`, clip fractions, counts.
+        `actor_entropy` over all response tokens, `logp_gap_max` and `logp_gap_mean` over those whose log-probs were computed, `loss`,
+        clip fractions, counts.
         """
         trained = torch.ones(len(batch), dtype=torch.bool) if batch.train_mask is None else batch.train_mask
         regularised = bool(self._loss.entropy_coef or self._loss.self_certainty_coef or self._loss.kl_coef)
@@ -194,7 +195,8 @@ class Learner:
             return
         stats = self.score(batch, ("logp", "entropy"), rows)
         totals.entropy_sum += float(stats["entropy"][wanted].sum())
-        totals.gap = larger(totals.gap, float((stats["logp"] - batch.sampled_logp)[wanted].abs().max()))
+        gaps = (stats["logp"] - batch.sampled_logp)[wanted].abs()
+        totals.add_gaps(float(gaps.mean()), float(gaps.max()), len(gaps))
 
     def _loss_options(self, tokens: int, sequences: int) -> dict[str, Any]:
         loss = self._loss
@@ -259,25 +261,31 @@ class _Totals:
 
     def __init__(self) -> None:
         self.entropy_sum = 0.0
-        self.gap = 0.0
+        self._gap_sum, self._gap_max, self._gap_tokens = 0.0, 0.0, 0
         self._rows: list[tuple[int, dict[str, Tensor]]] = []
 
     def add(self, loss: Tensor, metrics: dict[str, Tensor], tokens: int) -> None:
         self._rows.append((tokens, {"loss": loss.detach(), **metrics}))
 
+    def add_gaps(self, mean: float, largest: float, tokens: int) -> None:
+        self._gap_sum += mean * tokens
+        self._gap_max = larger(self._gap_max, largest)
+        self._gap_tokens += tokens
+
     def result(self) -> dict[str, float]:
         tokens = sum(count for count, _ in self._rows)
         totals = {"loss": 0.0, "clip_frac_low": 0.0, "clip_frac_high": 0.0}
-        names = (*totals, "entropy", "rollout_gap_max")
+        names = (*totals, "entropy", "rollout_gap_mean", "rollout_gap_max")
         numbers = torch.stack([metrics[name] for _, metrics in self._rows for name in names]).tolist() if self._rows else []
         for i, (count, _) in enumerate(self._rows):
-            loss, low, high, entropy, gap = numbers[i * len(names) : (i + 1) * len(names)]
+            loss, low, high, entropy, gap_mean, gap_max = numbers[i * len(names) : (i + 1) * len(names)]
             totals["loss"] += loss
             totals["clip_frac_low"] += low * count / tokens
             totals["clip_frac_high"] += high * count / tokens
             self.entropy_sum += entropy * count
-            self.gap = larger(self.gap, gap)
-        return totals | {"entropy_sum": self.entropy_sum, "logp_gap_max": self.gap}
+            self.add_gaps(gap_mean, gap_max, count)
+        totals |= {"logp_gap_mean": self._gap_sum / max(1, self._gap_tokens), "logp_gap_max": self._gap_max}
+        return totals | {"entropy_sum": self.entropy_sum}
 
 
 def larger(a: float, b: float) -> float:

@@ -17,12 +17,11 @@ A run directory holds:
 
 Metrics: reward (mean proxy reward), reward_std, majority_voting_reward, ground_truth_reward, label_accuracy, reward_accuracy,
 pseudo_label_accuracy, majority_ratio, pass@8, parse_rate, point_biserial, actor_entropy (nats per token), response_length (tokens),
-truncated_rate, logp_gap_max (nats), stats_gap_max (in the first step of a run), loss, grad_norm, lr, clip_frac_low, clip_frac_high,
-live_rollouts, kl_start (nats per token), flat_groups, repetition, top_answer_share, majority_reward_accuracy,
-eval/anchor_agreement, eval/anchored_majority,
-rollout_tokens_per_s, train_tokens_per_s, step_s, rollout_s, train_s, sync_s, eval/greedy_accuracy, eval/avg@8,
-eval/majority_voting_reward, eval/pass@8, eval/maj@8. Any may be missing: without labels there is no ground truth. NaN and infinity are
-null.
+truncated_rate, logp_gap_max and logp_gap_mean (nats), stats_gap_max (in the first step of a run), loss, grad_norm, lr, clip_frac_low,
+clip_frac_high, live_rollouts, kl_start (nats per token), flat_groups, repetition, top_answer_share, majority_reward_accuracy,
+eval/anchor_agreement, eval/anchored_majority, rollout_tokens_per_s, train_tokens_per_s, step_s, rollout_s, train_s, sync_s,
+eval/greedy_accuracy, eval/avg@8, eval/majority_voting_reward, eval/pass@8, eval/maj@8. Any may be missing: without labels there is no
+ground truth. NaN and infinity are null.
 
 Lines are appended whole, so a reader meets a torn line only at the end of a file whose writer was killed. JSON files are replaced whole.
 """

@@ -286,13 +286,13 @@ def learn(run: Run, step: int, batch: RolloutBatch, advantages: Tensor, figures:
         before = run.learner.score(batch, ("logp", "entropy"))
         batch.old_logp, batch.entropy = before["logp"], before["entropy"]
         figures["actor_entropy"] = float(before["entropy"].mean())  # of the policy that sampled, not of later mini-batches
-        figures["logp_gap_max"] = larger(figures.get("logp_gap_max", 0.0), largest_gap(batch.old_logp, batch.sampled_logp))
+        add_gaps(figures, logp_gaps(batch.old_logp, batch.sampled_logp))
     metrics: dict[str, float] = {}
     for rows in parts:
         part = batch if len(parts) == 1 else batch.select(rows)
         own = run.learner.accumulate(part, advantages if len(parts) == 1 else advantages[rows])
         if len(parts) == 1:
-            figures["logp_gap_max"] = larger(figures.get("logp_gap_max", 0.0), own["logp_gap_max"])
+            add_gaps(figures, {name: own[name] for name in LOGP_GAPS})
         check_gaps(run, step, figures)
         own |= run.learner.update(step)
         for name, value in own.items():
@@ -377,43 +377,56 @@ def fill_statistics(run: Run, batch: RolloutBatch) -> dict[str, float]:
     """See to it that the batch has what the reward needs from the policy that sampled, while the weights are still its.
 
     What the engine took while sampling stays, and costs no forward here; in the first step of a run, and after a resume, it is compared
-    with the trainer's. What it did not take the trainer does now. Returns the gaps seen: `logp_gap_max` and `stats_gap_max`.
+    with the trainer's. What it did not take the trainer does now. Returns the gaps seen: LOGP_GAPS and `stats_gap_max`.
     """
     wanted = sorted(statistics_wanted(run.reward))
     missing = [name for name in wanted if getattr(batch, name) is None]
     if not missing and (run.stats_checked or not wanted):
         return {}
     own = run.learner.score(batch, ("logp", *wanted))
-    gaps = {"logp_gap_max": largest_gap(own["logp"], batch.sampled_logp)}
+    gaps = logp_gaps(own["logp"], batch.sampled_logp)
     for name in wanted:
         if name in missing:
             setattr(batch, name, own[name])
         else:
-            gaps["stats_gap_max"] = larger(gaps.get("stats_gap_max", 0.0), largest_gap(own[name], getattr(batch, name)))
+            add_gaps(gaps, {"stats_gap_max": float((own[name] - getattr(batch, name)).abs().max())})
     run.stats_checked = True
     return gaps
 
 
-def largest_gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+LOGP_GAPS = ("logp_gap_mean", "logp_gap_max")
+
+
+def logp_gaps(own: Tensor, sampled: Tensor) -> dict[str, float]:
+    """Mean and largest difference of two log-probs of the same tokens, under the names of LOGP_GAPS."""
+    gaps = (own - sampled).abs()
+    return dict(zip(LOGP_GAPS, (float(gaps.mean()), float(gaps.max())), strict=True))
+
+
+def add_gaps(seen: dict[str, float], gaps: dict[str, float]) -> None:
+    """Keep in `seen` the larger of what it holds and of `gaps`."""
+    for name, gap in gaps.items():
+        seen[name] = larger(seen.get(name, 0.0), gap)
 
 
 def check_gaps(run: Run, step: int, metrics: dict[str, float]) -> None:
     """Raise RolloutError when engine and trainer disagree by more than rounding: on what was sampled, or on its statistics.
 
-    metrics: `logp_gap_max`, of the weights that sampled, and `stats_gap_max` where it was measured.
+    metrics: LOGP_GAPS, of the weights that sampled, and `stats_gap_max` where it was measured.
     """
-    limit = run.config.rollout.logp_gap_limit
-    if limit is None:
-        # In 16 bit the engine rounds weights, hidden states and logits that the trainer does not: a rare token may be off by over a nat.
-        limit = 1e-3 if run.loaded.dtype == "float32" else 5.0
-    logp, stats = metrics["logp_gap_max"], metrics.get("stats_gap_max", 0.0)
+    exact, given = run.loaded.dtype == "float32", run.config.rollout
+    # In 16 bit the engine rounds weights, hidden states and logits that the trainer does not: a rare token may be off by over a nat, and
+    # only the mean tells that from an engine that samples with other weights.
+    limit = given.logp_gap_limit if given.logp_gap_limit is not None else 1e-3 if exact else 5.0
+    mean_limit = given.logp_gap_mean_limit if given.logp_gap_mean_limit is not None else 1e-3 if exact else 0.1
+    (mean, logp), stats = (metrics[name] for name in LOGP_GAPS), metrics.get("stats_gap_max", 0.0)
     # `not <=` is true for NaN as well.
-    if not logp <= limit:
+    if not logp <= limit or not mean <= mean_limit:
         raise RolloutError(
-            f"step {step}: a sampled token's log-prob differs by {logp:.3g} between the engine and the trainer "
-            f"(rollout.logp_gap_limit={limit:g}). The engine may hold stale weights, sample at another temperature or top-p, or return raw "
-            "instead of processed log-probs; training on would be off-policy without knowing it"
+            f"step {step}: the log-probs of sampled tokens differ by up to {logp:.3g}, {mean:.3g} in the mean, between the engine and the "
+            f"trainer (rollout.logp_gap_limit={limit:g}, rollout.logp_gap_mean_limit={mean_limit:g}). The engine may hold stale weights, "
+            "sample at another temperature or top-p, or return raw instead of processed log-probs; training on would be off-policy without "
+            "knowing it"
         )
     if not stats <= limit:
         raise RolloutError(
