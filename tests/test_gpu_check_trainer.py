@@ -125,7 +125,7 @@ def test_the_quick_start_was_run_and_looked_at(bare: tuple[dict, str]) -> None:
     assert all(len(values) == found["steps"] for values in samples.values())
     for name in ("step_s", "rollout_tokens_per_s", "train_tokens_per_s", "reward", "ground_truth_reward"):
         assert all(isinstance(value, float) for value in samples[name])
-    assert 0 < max(samples["logp_gap_max"]) < 1e-3
+    assert 0 < max(samples["logp_gap_mean"]) < max(samples["logp_gap_max"]) < 1e-3
     assert max(samples["live_rollouts"]) > 0
     before_after = {row["metric"]: row for row in found["before_after"]}
     assert {"greedy_accuracy", "avg@8", "majority_voting_reward"} <= before_after.keys()

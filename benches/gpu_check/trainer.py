@@ -70,8 +70,9 @@ AGREE = {"float32": 1e-4, "bfloat16": 0.1}  # the plain head's logits are rounde
 FUSED, PLAIN = "fused", "plain"
 OURS, TRL = "urlvr_fast", "TRL"
 SAMPLED = (
-    *("step_s", "rollout_s", "train_s", "sync_s", "rollout_tokens_per_s", "train_tokens_per_s", "logp_gap_max", "stats_gap_max"),
-    *("kl_start", "reward", "ground_truth_reward", "actor_entropy", "response_length", "live_rollouts", "grad_norm", "skipped"),
+    *("step_s", "rollout_s", "train_s", "sync_s", "rollout_tokens_per_s", "train_tokens_per_s"),
+    *("logp_gap_mean", "logp_gap_max", "stats_gap_max", "kl_start"),
+    *("reward", "ground_truth_reward", "actor_entropy", "response_length", "live_rollouts", "grad_norm", "skipped"),
 )
 
 
@@ -526,7 +527,8 @@ def _quickstart_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{found['engine']}, {found['steps']} steps of {found['rollouts']} rollouts, peak {found['peak_bytes'] / 2**20:,.0f} MiB"
     yield f"step {medians['step_s']:.3f} s (rollout {medians['rollout_s']:.3f}, learner {medians['train_s']:.3f})"
     yield f"rollout {medians['rollout_tokens_per_s']:,.0f} tokens/s, learner {medians['train_tokens_per_s']:,.0f} tokens/s"
-    yield f"{medians['live_rollouts']:,.0f} rollouts had a gradient; log-prob gap {of(found['samples']['logp_gap_max'], max):.2g}"
+    mean, largest = (of(found["samples"][name], max) for name in ("logp_gap_mean", "logp_gap_max"))
+    yield f"{medians['live_rollouts']:,.0f} rollouts had a gradient; log-prob gap {mean:.2g} in a step's mean, {largest:.2g} at most"
     for row in found["before_after"]:
         yield f"{row['metric']:<24}{row['before']:.3f} -> {row['after']:.3f}"
     for name in (name for name in found if name.endswith("_error")):  # an engine that was tried before this one
@@ -534,7 +536,7 @@ def _quickstart_lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _paths_lines(found: dict[str, Any]) -> Iterator[str]:
-    gaps = ", ".join(f"{name} {of(found['samples'][name], max):.2g}" for name in ("logp_gap_max", "stats_gap_max"))
+    gaps = ", ".join(f"{name} {of(found['samples'][name], max):.2g}" for name in ("logp_gap_mean", "logp_gap_max", "stats_gap_max"))
     yield f"{' then '.join(found['status'])}; {gaps}"
 
 
