@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,7 @@ class DrawnOnHost(TorchFunctionMode):
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "host: a promise for tensors on the host, where looking at a number makes nobody wait")
     config.addinivalue_line("markers", "real: needs a device, or none; the simulated one will not do")
+    config.addinivalue_line("markers", "own_process(environment, arguments): is a pytest of its own, which runs beside the other tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,6 +49,56 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="a promise for tensors on the host"))
         if DEVICE == "simulated" and item.get_closest_marker("real"):
             item.add_marker(pytest.mark.skip(reason="the simulated device will not do"))
+    items.sort(key=lambda item: item.get_closest_marker("own_process") is not None)  # last: they are waited for
+
+
+class OwnProcesses:
+    """The tests marked `own_process`: one at a time on all cores but one, and behind the others, some of which watch the clock."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1))
+        self._running: set[subprocess.Popen[str]] = set()
+
+    def start(self, environment: dict[str, str], arguments: list[str]) -> Future[tuple[int, str]]:
+        """The exit status and what was said, when there is one."""
+        return self._threads.submit(self._run, environment, arguments)
+
+    def _run(self, environment: dict[str, str], arguments: list[str]) -> tuple[int, str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=Path(__file__).parent, env={**os.environ, **environment}, **output) as child:
+            self._running.add(child)
+            os.setpriority(os.PRIO_PROCESS, child.pid, 10)
+            said = child.communicate()[0]
+            self._running.remove(child)
+        return child.returncode, said
+
+    def stop(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for child in list(self._running):
+            child.kill()
+
+
+OWN_PROCESSES = pytest.StashKey[OwnProcesses]()
+OWN_PROCESS = pytest.StashKey[Future[tuple[int, str]]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    chosen = [(item, marker) for item in session.items if (marker := item.get_closest_marker("own_process"))]
+    if chosen and not session.config.option.collectonly:
+        session.config.stash[OWN_PROCESSES] = processes = OwnProcesses()
+        for item, marker in chosen:
+            item.stash[OWN_PROCESS] = processes.start(*marker.args)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (processes := session.config.stash.get(OWN_PROCESSES, None)) is not None:
+        processes.stop()
+
+
+@pytest.fixture
+def own_process(request: pytest.FixtureRequest) -> tuple[int, str]:
+    return request.node.stash[OWN_PROCESS].result()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
