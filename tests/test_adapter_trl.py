@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ pytest.importorskip("trl")
 
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 
@@ -28,8 +29,9 @@ from urlvr_fast.adapters.trl_watch import Watch
 from urlvr_fast.rewards import RewardError
 from urlvr_fast.tasks import arithmetic
 from urlvr_fast.trainer.base_model import bundled_model_path
-from urlvr_fast.trainer.batch import RolloutBatch
+from urlvr_fast.trainer.batch import RolloutBatch, build_batch
 from urlvr_fast.trainer.policy import Policy
+from urlvr_fast.trainer.rollout import Completion, Sampling
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 PROBLEMS = arithmetic.draw("train", limit=16)
@@ -209,6 +211,9 @@ def test_a_reward_gets_the_statistics_of_the_policy_that_sampled(tmp_path: Path)
             torch.testing.assert_close(
                 getattr(batch, field)[where[i] : where[i + 1]], getattr(expected, output), atol=1e-4, rtol=1e-4, msg=field
             )
+    # What processes send one another is that and no more, since pickle takes all of the memory behind a view.
+    for value in (value for _, completion in trainer._generated for value in completion.statistics.values()):
+        assert value.untyped_storage().nbytes() == 4 * len(value)
     logged = trainer.state.log_history[0]
     assert logged["urlvr/ground_truth_reward"] > 0
     assert logged["urlvr/actor_entropy"] == pytest.approx(float(batch.entropy.mean()))
@@ -241,25 +246,111 @@ def test_a_run_that_leaves_what_it_was_sure_of_is_stopped(tmp_path: Path, caplog
         anchor_every=3,
     )
     trainer.train()
-    ended = trainer._watch.ended
+    ended = trainer.ended
     assert ended is not None
     assert ended.detector == "anchor_drift"
-    assert trainer.state.global_step == ended.step - 1 < 50  # the batch that showed it was not trained on
+    assert trainer.state.global_step == ended.step < 50  # before the batch that was looked at last
     assert any(ended.message in record.message for record in caplog.records)
     held = [line["urlvr/anchor_agreement"] for line in trainer.state.log_history if "urlvr/anchor_agreement" in line]
     assert held[0] > 0.8  # greedy answers of the start model give its own clear votes
     assert held[-1] < 0.6
 
 
-def test_a_resumed_run_says_that_it_has_no_start_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = {"detectors": {"anchor_drift": "warn"}, "anchor_prompts": [p.prompt for p in PROBLEMS]}
-    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    trainer_of(tmp_path, label_free("majority_voting"), settings=saved, **options).train()
-    resumed = trainer_of(tmp_path, label_free("majority_voting"), settings=saved | {"max_steps": 2}, **options)
+def test_a_resumed_run_watches_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"detectors": {"anchor_drift": "warn"}, "anchor_every": 1}
+    options["anchor_prompts"] = [p.prompt for p in arithmetic.draw("test", limit=48)]
+    saved = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 8}  # 16 prompts a batch
+    first = trainer_of(tmp_path, label_free("majority_voting"), settings=saved | {"max_steps": 2}, **options)
+    first.train()
+    resumed = trainer_of(tmp_path, label_free("majority_voting"), settings=saved | {"max_steps": 3}, **options)
     resumed.train(resume_from_checkpoint=True)
-    assert "resumed at step 1: the detectors begin anew, without anchor_drift" in caplog.text
-    assert resumed.state.global_step == 2
-    assert "urlvr/anchor_agreement" not in resumed.state.log_history[-2]
+    kept, state = first._watch.state(), json.loads(json.dumps(resumed._watch.state()))
+    assert len(kept["anchors"]) >= 8
+    assert {int(prompt): answer for prompt, answer in state["anchors"].items()} == kept["anchors"]
+    assert state["batches"] == 3
+    assert [list(reading) for reading in kept["readings"]] == state["readings"][: len(kept["readings"])]
+    assert len(state["readings"]) > len(kept["readings"]) >= 3
+    assert not caplog.records or "without this watch's state" not in caplog.text
+    (tmp_path / "checkpoint-3" / "urlvr_watch.json").unlink()
+    without = trainer_of(tmp_path, label_free("majority_voting"), settings=saved | {"max_steps": 4}, **options)
+    without.train(resume_from_checkpoint=True)
+    assert "without this watch's state: anchor_drift, which needs the start, is off" in caplog.text
+    assert without._watch.state()["anchors"] is None
+
+
+def test_small_batches_are_pooled_before_anything_is_concluded() -> None:
+    """A prompt a batch, TRL's default: majority ratios anywhere from 2/8 to 1 and anchors that hold must not look like a collapse."""
+    draw = random.Random(0)
+    watch = Watch({"anchor_drift": "stop", "unanimity": "stop", "entropy_rise": "stop"}, arithmetic.checker(), ["p"] * 20, anchor_every=5)
+
+    class Steady:
+        def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
+            # The anchors are all "1"; now and then a greedy answer is another.
+            return [[Completion([2 if sampling.n == 1 and draw.random() < 0.05 else 1], [-0.1], "stop")] * sampling.n for _ in prompts]
+
+    def decode(tokens: list[list[int]]) -> list[str]:
+        return [str(ids[0]) for ids in tokens]
+
+    for _ in range(300):
+        if watch.wants_anchors:
+            watch.look_at_anchors(Steady(), [[0]] * 20, decode, 1.0, 8, 0)
+        agreeing = draw.randint(2, 8)
+        group = [Completion([1 if i < agreeing else 10 + i], [-0.1], "stop", {"entropy": torch.rand(1)}) for i in range(8)]
+        batch = build_batch(prompt_token_ids=[[0]], prompt_texts=["p"], prompt_ids=[0], completions=[group], decode=decode, temperature=1.0)
+        figures = watch.look(batch, torch.tensor([float(i < agreeing) for i in range(8)]), {})
+        assert figures["majority_ratio"] == agreeing / 8
+    assert watch.ended is None
+    readings = watch.state()["readings"]
+    assert len([0 for _, shown in readings if "majority_ratio" in shown]) == 300 // 16
+    assert len([0 for _, shown in readings if "eval/anchored_majority" in shown]) > 40
+
+
+def test_log_probs_of_an_engine_are_kept_and_its_gaps_filled(tmp_path: Path) -> None:
+    batches: list[RolloutBatch] = []
+
+    def keep(batch: RolloutBatch, policy: Policy) -> torch.Tensor:
+        batches.append(batch)
+        return batch.sequence_mean(batch.sampled_logp)
+
+    def rollout(prompts: list[str], trainer: LabelFreeGRPOTrainer) -> dict[str, list]:
+        """TRL's way to bring an engine of one's own; vLLM's missing log-probs come as None."""
+        ids = trainer.processing_class(text=prompts)["input_ids"]
+        end = trainer.eos_token_ids[0]
+        return {"prompt_ids": ids, "completion_ids": [[7, end]] * len(ids), "logprobs": [[-1.25, None]] * len(ids)}
+
+    reward = label_free("trajectory_entropy")
+    reward.reward = keep
+    trainer = trainer_of(tmp_path, reward, settings={"max_steps": 1}, rollout_func=rollout)
+    trainer.train()
+    logp = batches[0].sampled_logp.view(-1, 2)
+    assert (logp[:, 0] == -1.25).all()
+    assert ((logp[:, 1] < 0) & logp[:, 1].isfinite()).all()
+
+
+def test_conversations(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if twice %}={% endif %}"
+    seen: list[tuple[list[str], str]] = []
+
+    def keep(batch: RolloutBatch, policy: Policy) -> torch.Tensor:
+        seen.append((batch.prompts, policy.render("1+1=")))
+        return batch.sequence_mean(batch.sampled_logp)
+
+    reward = label_free("trajectory_entropy")
+    reward.reward = keep
+    trainer = LabelFreeGRPOTrainer(
+        model=str(bundled_model_path()),
+        reward_funcs=reward,
+        args=settings(tmp_path, max_steps=1, chat_template_kwargs={"twice": True}),
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": p.prompt}]} for p in PROBLEMS]),
+        processing_class=tokenizer,
+        anchor_prompts=[[{"role": "user", "content": p.prompt}] for p in PROBLEMS],
+    )
+    trainer.train()
+    ((prompts, rendered),) = seen
+    assert rendered == "1+1=="
+    assert all(prompt.endswith("==") and prompt[:-1] in {p.prompt for p in PROBLEMS} for prompt in prompts)
+    assert trainer._watch.state()["anchors"]
 
 
 def test_evaluation_scores_its_own_groups(tmp_path: Path) -> None:
@@ -268,8 +359,11 @@ def test_evaluation_scores_its_own_groups(tmp_path: Path) -> None:
         label_free("majority_voting"),
         settings={"per_device_eval_batch_size": 16, "num_generations_eval": 4, "max_steps": 1},
         eval_dataset=data_set().select(range(8)),
+        audit="answer",
     )
     found = trainer.evaluate()
+    assert 0 <= found["eval_urlvr/reward_accuracy"] <= 1
+    assert trainer._watch.state()["batches"] == 0  # nothing that is not trained on counts
     assert 0.25 <= found["eval_reward"] <= 1  # a winner holds at least one vote in four
     assert found["eval_rewards/majority_voting/mean"] == found["eval_reward"]
 
@@ -287,6 +381,12 @@ if trainer.accelerator.is_main_process:
     found = {{name: list(logs[name]) for name in ("prompt", "completion")}} | {{"rewards": list(logs["rewards"]["majority_voting"])}}
     found["ratio"] = trainer.state.log_history[0]["urlvr/majority_ratio"]
     Path(sys.argv[1], "logs.json").write_text(t.json.dumps(found))
+# A detector that fires in one process alone ends the run in both.
+again = t.trainer_of(Path(sys.argv[1]), reward, settings={{"per_device_train_batch_size": 4, "max_steps": 5, "ddp_backend": "gloo"}})
+if again.accelerator.process_index == 1:
+    again._watch.ended = "it fired"
+again.train()
+assert again.state.global_step < 2
 """
 
 
@@ -328,9 +428,15 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path: Path) -> None:
         label_free("ground_truth")
     for actions, message in (({"entropy_floor": "rollback"}, "cannot be done in TRL's loop"), ({"anchor_drift": "stop"}, "anchor_prompts")):
         with pytest.raises(AdapterError, match=message):
-            Watch(actions, arithmetic.checker(), (), anchor_every=10, anchor_votes=8)
+            Watch(actions, arithmetic.checker())
+    with pytest.raises(AdapterError, match="not measured in TRL's loop"):
+        Watch({"kl_spike": "stop"}, arithmetic.checker())
+    with pytest.raises(AdapterError, match="audit='answr' is no column of the training data, which has prompt, answer"):
+        trainer_of(tmp_path, label_free("majority_voting"), audit="answr")
+    with pytest.raises(AdapterError, match="give them a name= each"):
+        trainer_of(tmp_path, [label_free("majority_voting"), label_free("majority_voting", threshold=0.5)])
     with pytest.raises(ValueError, match="no detector"):
-        Watch({"anchors": "warn"}, arithmetic.checker(), (), anchor_every=10, anchor_votes=8)
+        Watch({"anchors": "warn"}, arithmetic.checker())
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,15 +34,17 @@ class Taken:
 _asked: ContextVar[Taken | None] = ContextVar("urlvr_fast_trl_statistics", default=None)
 
 
-def use_fused_ops() -> None:
+def use_fused_ops(save: str = "recompute") -> None:
     """Make every fused head of TRL's compute with `linear_token_stats`, in this process, from now on.
 
-    Log-probs and entropies stay what they were, to rounding; no logits are held beyond the chunk that is worked on. Raises AdapterError for
-    a version of TRL that this was not tested with.
+    Log-probs and entropies stay what they were, to rounding. save: of `linear_token_stats`. "recompute" holds no logits from the forward to
+    the backward, as TRL's own head, and makes their product once more there; "auto" saves it where the logits take no more than 2 GiB.
+    Raises AdapterError for a version of TRL that this was not tested with.
     """
     require("trl", TRL)
     from trl.trainer import utils
 
+    FusedHead.save = save
     utils._ChunkedLogProbFunction = FusedHead
 
 
@@ -60,6 +62,8 @@ def taking(outputs: Sequence[str], temperature: float) -> Iterator[list[TokenSta
 class FusedHead:
     """In the place of TRL's `ChunkedLogProbFunction`."""
 
+    save = "recompute"
+
     @staticmethod
     def apply(
         hidden: Tensor,  # (N, H)
@@ -73,9 +77,9 @@ class FusedHead:
         outputs: Sequence[str] = ("log_probs",),
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """log_probs, and where they are in `outputs` entropy, log_sum_sq_probs, mean_logits and is_top1, (N,) each. The first two are
-        differentiable. Raises AdapterError for parameters that DeepSpeed's ZeRO-3 has scattered."""
+        differentiable. Raises AdapterError for parameters that DeepSpeed's ZeRO-3 has scattered: a backward would find them gone."""
         if hasattr(weight, "ds_id"):
-            raise AdapterError("the fused head does not gather what ZeRO-3 has scattered: leave out use_fused_ops(), or use ZeRO-2 or FSDP")
+            raise AdapterError("the fused head does not gather what ZeRO-3 has scattered: use ZeRO-2, FSDP, or TRL's own head")
         if not torch.is_autocast_enabled(hidden.device.type):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         if bias is not None and logit_scale != 1:
@@ -91,6 +95,7 @@ class FusedHead:
             softcap=final_logit_softcapping,
             scale=logit_scale,
             bias=bias,
+            save=FusedHead.save,
         )
         if asked:
             asked.stats.append(stats)
