@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from urlvr_fast import group_advantages, linear_policy_loss, linear_token_stats, policy_loss, policy_loss_from_logits, token_stats
 from urlvr_fast.ops import row_ops  # noqa: F401  (registers the ops)
-from urlvr_fast.ops.layout import HAS_OLD, HAS_REF, HAS_ROLLOUT, LOSS_LINES, Stat
+from urlvr_fast.ops.layout import HAS_OLD, HAS_REF, HAS_ROLLOUT, LOSS_LINES, METRICS, Stat
 from urlvr_fast.ops.reference import LOSS_TYPES
 from urlvr_fast.ops.spec import RowSpec
 
@@ -75,7 +75,8 @@ def test_opcheck_loss_rows_and_objective(backend, given):
     torch.library.opcheck(ops.loss_rows.default, call)
     values = (-torch.rand(N, dtype=DTYPE), vector(), vector())
     present = HAS_OLD | HAS_REF | HAS_ROLLOUT if given else 0
-    torch.library.opcheck(ops.policy_objective.default, (*values, *ops.loss_rows(*call), present, 1, 3 * given, 0, NUMBERS, given, backend))
+    kinds = (present, 1, 3 * given, 0, NUMBERS)
+    torch.library.opcheck(ops.policy_objective.default, (*values, *ops.loss_rows(*call), *kinds, given, METRICS, backend))
 
 
 @pytest.mark.parametrize("backend", [*FUSED, "torch"])

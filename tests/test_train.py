@@ -292,7 +292,7 @@ def test_a_log_prob_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
         return completions
 
     monkeypatch.setattr(HFRollout, "generate", spoilt)
-    with pytest.raises(RolloutError, match="differs by nan"):
+    with pytest.raises(RolloutError, match="differ by up to nan"):
         run(tmp_path, "eval.prompts=0")
 
 

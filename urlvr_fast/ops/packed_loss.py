@@ -46,14 +46,14 @@ def _loss_rows(advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, d
     return out
 
 
-def _new_results(logp: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
-    return logp.new_empty(METRICS), logp.new_empty(GRADS, len(logp) if differentiate else 0)
+def _new_results(logp: Tensor, differentiate: bool, metrics: int) -> tuple[Tensor, Tensor]:
+    return logp.new_empty(metrics), logp.new_empty(GRADS, len(logp) if differentiate else 0)
 
 
 def _objective(
-    logp, entropy, self_certainty, lines, live, counts, present, kind, kl, correction, numbers, differentiate, backend
+    logp, entropy, self_certainty, lines, live, counts, present, kind, kl, correction, numbers, differentiate, size, backend
 ) -> tuple[Tensor, Tensor]:
-    metrics, upstream = _new_results(logp, differentiate)
+    metrics, upstream = _new_results(logp, differentiate, size)
     given = (logp, entropy, self_certainty, lines, live, counts, present, kind, kl, correction, numbers)
     kernels(backend).objective(*given, metrics, upstream if differentiate else None)
     return metrics, upstream
@@ -66,12 +66,14 @@ loss_rows = define(
     _loss_rows,
     lambda advantages, *rest: _new_rows(advantages, rest[6]),
 )
+# `metrics` is METRICS, always: torch keeps compiled graphs on disk by the ops' names and arguments, and must not find those of a version
+# that had other metrics.
 policy_objective = define(
     "policy_objective",
     "(Tensor logp, Tensor? entropy, Tensor? self_certainty, Tensor lines, Tensor live, Tensor counts, int present, int kind, int kl, "
-    "int correction, float[] numbers, bool differentiate, str backend) -> (Tensor, Tensor)",
+    "int correction, float[] numbers, bool differentiate, int metrics, str backend) -> (Tensor, Tensor)",
     _objective,
-    lambda logp, *rest: _new_results(logp, rest[-2]),
+    lambda logp, *rest: _new_results(logp, *rest[-3:-1]),
 )
 
 
@@ -182,7 +184,7 @@ class PackedRows:
         statistics of every row, (GRADS, N) where it is wanted."""
         given = [None if value is None else value.contiguous() for value in (values.logp, values.entropy, values.self_certainty)]
         kinds = kernel_kinds(options, self.present)
-        results, upstream = policy_objective(*given, self.lines, self.live, self.counts, *kinds, differentiate, self.backend)
+        results, upstream = policy_objective(*given, self.lines, self.live, self.counts, *kinds, differentiate, METRICS, self.backend)
         there = {
             "loss": False,  # not a metric
             "sequences": self.sequences,
