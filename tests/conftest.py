@@ -88,7 +88,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if chosen and not session.config.option.collectonly:
         session.config.stash[OWN_PROCESSES] = processes = OwnProcesses()
         for item, marker in chosen:
-            item.stash[OWN_PROCESS] = processes.start(*marker.args)
+            if "PYTEST_XDIST_WORKER" not in os.environ:  # each of those collects all tests and runs some
+                item.stash[OWN_PROCESS] = processes.start(*marker.args)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -98,6 +99,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def own_process(request: pytest.FixtureRequest) -> tuple[int, str]:
+    if OWN_PROCESS not in request.node.stash:
+        marker = request.node.get_closest_marker("own_process")
+        request.node.stash[OWN_PROCESS] = request.config.stash[OWN_PROCESSES].start(*marker.args)
     return request.node.stash[OWN_PROCESS].result()
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +21,9 @@ from urlvr_fast.rewards import RewardError
 from urlvr_fast.tasks.prompt_set import DataError
 from urlvr_fast.trainer import config as configuration
 from urlvr_fast.trainer.checkpoint import checkpoints
-from urlvr_fast.trainer.config import ConfigError
+from urlvr_fast.trainer.config import ConfigError, RolloutConfig
 from urlvr_fast.trainer.logging import LogError, read_jsonl
-from urlvr_fast.trainer.loop import train
+from urlvr_fast.trainer.loop import check_gaps, train
 from urlvr_fast.trainer.rollout import RolloutError, Sampling
 
 ROOT = Path(__file__).parents[1]
@@ -188,7 +191,7 @@ def test_a_resumed_run_ends_where_a_whole_one_does(tmp_path):
     _, whole = run(tmp_path, "trainer.steps=4", name="whole")
     status, parts = run(tmp_path, "trainer.steps=4", "trainer.stop_after=2", name="parts")
     assert status == "stopped"
-    status, _ = run(tmp_path, "trainer.steps=4", resume=True, name="parts")
+    status, _ = run(tmp_path, "trainer.steps=4", "rollout.logp_gap_mean_limit=0.5", resume=True, name="parts")
     assert status == "finished"
     assert same(weights(whole), weights(parts))
     keys = ("step", "reward", "actor_entropy", "grad_norm", "eval/avg@4")
@@ -440,6 +443,25 @@ def test_statistics_of_other_tokens_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(HFRollout, "generate", mixed_up)
     with pytest.raises(RolloutError, match=r"step 1: entropy.*rollout\.stats=recompute"):
         run(tmp_path, "reward=self_certainty", "eval.prompts=0")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "largest", "given", "stops"),
+    [
+        ("float32", 9e-4, 9e-4, {}, False),
+        ("float32", 9e-4, 2e-3, {}, True),
+        ("float32", 0.5, 0.9, {"logp_gap_limit": 1.0}, False),  # who allows it for a token allows it for all of them
+        ("bfloat16", 0.01, 4.0, {}, False),
+        ("bfloat16", 0.2, 1.0, {}, True),
+        ("bfloat16", 0.2, 1.0, {"logp_gap_mean_limit": 0.3}, False),
+        ("bfloat16", 0.01, 6.0, {}, True),
+        ("bfloat16", math.nan, 1.0, {}, True),
+    ],
+)
+def test_which_gaps_end_a_run(dtype, mean, largest, given, stops):
+    rest = SimpleNamespace(loaded=SimpleNamespace(dtype=dtype), config=SimpleNamespace(rollout=RolloutConfig(**given)))
+    with pytest.raises(RolloutError, match="stale weights") if stops else nullcontext():
+        check_gaps(rest, 7, {"logp_gap_mean": mean, "logp_gap_max": largest})
 
 
 @pytest.mark.parametrize("limit", ["logp_gap_limit", "logp_gap_mean_limit"])

@@ -418,7 +418,7 @@ def check_gaps(run: Run, step: int, metrics: dict[str, float]) -> None:
     # In 16 bit the engine rounds weights, hidden states and logits that the trainer does not: a rare token may be off by over a nat, and
     # only the mean tells that from other weights: 0.006 in the quick start in bfloat16, and above 0.1 after 11 steps without a sync.
     limit = given.logp_gap_limit if given.logp_gap_limit is not None else 1e-3 if exact else 5.0
-    mean_limit = given.logp_gap_mean_limit if given.logp_gap_mean_limit is not None else 1e-3 if exact else 0.1
+    mean_limit = given.logp_gap_mean_limit if given.logp_gap_mean_limit is not None else limit if exact else 0.1
     (mean, logp), stats = (metrics[name] for name in LOGP_GAPS), metrics.get("stats_gap_max", 0.0)
     # `not <=` is true for NaN as well.
     if not logp <= limit or not mean <= mean_limit:

@@ -43,7 +43,7 @@ MAY_CHANGE = (
         "trainer.eval_every",
     ),
     *("trainer.samples_", "trainer.micro_batch_tokens", "trainer.chunk_bytes", "trainer.gradient_checkpointing", "trainer.threads"),
-    *("trainer.device", "trainer.max_bad_steps", "rollout.engine", "rollout.logp_gap_limit", "rollout.max_sequences"),
+    *("trainer.device", "trainer.max_bad_steps", "rollout.engine", "rollout.logp_gap_", "rollout.max_sequences"),
     *(
         "monitor.on_collapse",
         "monitor.actions",
