@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(urlvr_fast, m) {
         ", Tensor loss, int present, int kind, int kl, int correction, float[] numbers, Tensor(a!) stats, Tensor(b!) out, "
         "Tensor(c!)? row_scale) -> ()");
   m.def("cpp_loss_rows(" LOSS_ROWS_SCHEMA ") -> ()");
+  m.def("cpp_join(" JOIN_SCHEMA ") -> ()");
   m.def("cpp_objective(" OBJECTIVE_SCHEMA ") -> ()");
   m.def("cpp_advantages(Tensor rewards, Tensor group_ids, Tensor? mask, str scale, str baseline, float eps, Tensor(a!) out) -> int");
   m.def("cpp_instruction_set(str name) -> str");
@@ -22,6 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(urlvr_fast, CPU, m) {
   m.impl("cpp_gradient", TORCH_BOX(&urlvr::cpu::gradient));
   m.impl("cpp_policy", TORCH_BOX(&urlvr::cpu::policy));
   m.impl("cpp_loss_rows", TORCH_BOX(&urlvr::cpu::loss_rows));
+  m.impl("cpp_join", TORCH_BOX(&urlvr::cpu::join));
   m.impl("cpp_objective", TORCH_BOX(&urlvr::cpu::objective));
   m.impl("cpp_advantages", TORCH_BOX(&urlvr::cpu::advantages));
 }

@@ -176,14 +176,19 @@ ROWS_FN Coefficients<R> coefficients(R m, R log_s, R entropy, R finite, R keep_l
   return out;
 }
 
-// ---- policy losses with one term a token ------------------------------------------------------------------------------------------------
+// ---- policy losses ----------------------------------------------------------------------------------------------------------------------
+//
+// A loss with one term a sequence is a sum over tokens too: each adds the same term, at an L-th of its weight, and the derivative by its
+// log-prob is that term's by the mean log-ratio. So a row needs two numbers of its sequence, which `join` writes into the row's lines.
 
-enum LossKind : int { REINFORCE, CLIPPED, CISPO, SAPO };  // CLIPPED: grpo, dapo, bnpo, dr_grpo
+enum LossKind : int { REINFORCE, CLIPPED, CISPO, SAPO, GMPO };  // CLIPPED: grpo, dapo, bnpo, dr_grpo, gspo, luspo
 enum KlKind : int { NO_KL, K1, K2, K3 };
 enum Correction : int { NO_CORRECTION, TRUNCATE, MASK };
-// Lines of the packed (LOSS_LINES, N) loss rows. LINE_ROLLOUT is the sampler's log-prob, or with LOG_WEIGHT the log of the correction.
-enum LossLine : int { LINE_ADVANTAGE, LINE_WEIGHT, LINE_REGULARISER, LINE_OLD, LINE_REF, LINE_ROLLOUT, LOSS_LINES };
-constexpr int64_t HAS_OLD = 1, HAS_REF = 2, HAS_ROLLOUT = 4, LOG_WEIGHT = 8;  // bits of `present`
+// Lines of the packed (LOSS_LINES, N) loss rows. The last two are the sequence's: its mean log-ratio and its rollout weight.
+enum LossLine : int {
+  LINE_ADVANTAGE, LINE_WEIGHT, LINE_REGULARISER, LINE_OLD, LINE_REF, LINE_ROLLOUT, LINE_RATIO, LINE_CORRECTION, LOSS_LINES
+};
+constexpr int64_t HAS_OLD = 1, HAS_REF = 2, HAS_ROLLOUT = 4, HAS_RATIO = 8, HAS_CORRECTION = 16;  // bits of `present`
 
 constexpr float MAX_LOG_RATIO = 60;
 
@@ -197,6 +202,15 @@ struct LossNumbers {
 constexpr int LOSS_NUMBERS = 11;  // in this order
 
 template <class R> ROWS_FN R smaller(R x, R bound) { return x > bound ? bound : x; }  // NaN stays
+template <class R> ROWS_FN R larger(R x, R bound) { return x < bound ? bound : x; }
+
+// Of a token, or of a sequence: what a policy term is multiplied by, from log(old / rollout).
+template <class R>
+ROWS_FN R rollout_weight(R log_weight, const LossNumbers<R>& n, int correction) {
+  const R w = std::exp(smaller(log_weight, R(MAX_LOG_RATIO)));
+  if (correction == TRUNCATE) return smaller(w, n.rollout_cap);
+  return w < n.rollout_floor || w > n.rollout_cap ? R(0) : w;
+}
 
 // What one token brings to the loss and to its metrics. The table of the losses is in reference.py.
 template <class R>
@@ -215,7 +229,9 @@ ROWS_FN LossTerms<R> loss_terms(R logp, const R row[LOSS_LINES], const LossNumbe
   R raw = has_old ? logp - row[LINE_OLD] : logp - logp;  // 0, or NaN with logp
   R log_ratio = smaller(raw, R(MAX_LOG_RATIO));
   bool moves = !(raw > R(MAX_LOG_RATIO));                // a clamped log-ratio has no derivative
-  if (loss == CLIPPED) {
+  const R of_token = log_ratio;
+  if (present & HAS_RATIO) log_ratio = row[LINE_RATIO];
+  if (loss == CLIPPED || loss == GMPO) {
     moves = moves && !(log_ratio > n.log_delta);
     log_ratio = smaller(log_ratio, n.log_delta);
   }
@@ -235,21 +251,20 @@ ROWS_FN LossTerms<R> loss_terms(R logp, const R row[LOSS_LINES], const LossNumbe
     out.policy = -a * 4 * sigma / tau;
     slope = moves ? -a * 4 * sigma * (1 - sigma) * r : R(0);
   } else {
-    const bool below = r < n.low, above = r > n.high;
+    const R side = loss == GMPO ? R(std::exp(of_token)) : r;  // gmpo clips tokens, on the way to the sequence's ratio
+    const bool below = side < n.low, above = side > n.high;
     const R product = r * a, clipped = (below ? n.low : above ? n.high : r) * a;
-    out.policy = clipped < product ? -clipped : -product;
+    out.policy = loss != GMPO && clipped < product ? -clipped : -product;
     out.clipped_low = below && a < 0;
     out.clipped_high = above && a > 0;
     bool pessimistic = a > 0 ? above : below;  // the clipped product is the smaller one: constant
     slope = moves && !pessimistic ? -a * r : R(0);
-    if (r != r) slope = r;
+    if (product != product) slope = product;
   }
   out.rollout_weight = 1;
   if (correction != NO_CORRECTION) {
-    R log_w = present & LOG_WEIGHT ? row[LINE_ROLLOUT] : (has_old ? row[LINE_OLD] : logp) - row[LINE_ROLLOUT];
-    R w = std::exp(smaller(log_w, R(MAX_LOG_RATIO)));
-    if (correction == TRUNCATE) w = smaller(w, n.rollout_cap);
-    else if (w < n.rollout_floor || w > n.rollout_cap) w = 0;
+    const R own = (has_old ? row[LINE_OLD] : logp) - row[LINE_ROLLOUT];
+    const R w = present & HAS_CORRECTION ? row[LINE_CORRECTION] : rollout_weight(own, n, correction);
     out.rollout_weight = w;
     out.policy *= w;
     slope *= w;
@@ -260,8 +275,35 @@ ROWS_FN LossTerms<R> loss_terms(R logp, const R row[LOSS_LINES], const LossNumbe
     out.kl = kl == K1 ? -d : kl == K2 ? d * d / 2 : e - d;
     if (n.beta != 0) out.gradient += n.beta * row[LINE_REGULARISER] * (kl == K1 ? R(1) : kl == K2 ? -d : -e);
   }
-  if ((present & HAS_ROLLOUT) && !(present & LOG_WEIGHT)) out.gap = std::fabs(logp - row[LINE_ROLLOUT]);
+  if (present & HAS_ROLLOUT) out.gap = std::fabs(logp - row[LINE_ROLLOUT]);
   return out;
+}
+
+// What the tokens of a sequence add up to. `product`: the rollout weight is one of the sequence, of the product of its tokens' ratios;
+// otherwise it is the mean of its tokens' weights.
+template <class R>
+struct SequenceSums {
+  R tokens = 0, ratio = 0, correction = 0;
+};
+template <class R>
+ROWS_FN void add_token(R logp, const R row[LOSS_LINES], const LossNumbers<R>& n, int loss, int correction, int64_t present, bool product,
+                       SequenceSums<R>& sums) {
+  sums.tokens += 1;
+  if (present & HAS_RATIO) {
+    R log_ratio = smaller(present & HAS_OLD ? logp - row[LINE_OLD] : logp - logp, R(MAX_LOG_RATIO));
+    if (loss == GMPO && row[LINE_ADVANTAGE] >= 0) log_ratio = smaller(log_ratio, R(std::log(n.high)));
+    else if (loss == GMPO && n.low > 0) log_ratio = larger(log_ratio, R(std::log(n.low)));
+    sums.ratio += log_ratio;
+  }
+  if (present & HAS_CORRECTION) {
+    const R log_weight = (present & HAS_OLD ? row[LINE_OLD] : logp) - row[LINE_ROLLOUT];
+    sums.correction += product ? log_weight : rollout_weight(log_weight, n, correction);
+  }
+}
+template <class R> ROWS_FN R sequence_ratio(const SequenceSums<R>& sums) { return sums.ratio / sums.tokens; }
+template <class R>
+ROWS_FN R sequence_correction(const SequenceSums<R>& sums, const LossNumbers<R>& n, int correction, bool product) {
+  return product ? rollout_weight(sums.correction, n, correction) : sums.correction / sums.tokens;
 }
 
 // d loss / d entropy or self-certainty. A coefficient of 0 is no term at all, whatever the row's weight is.
@@ -284,6 +326,9 @@ enum Weighing : int64_t {
   BY_SEQUENCES = 4,    // the sequences
   SEQUENCE_MEAN = 8,   // a term is divided by the tokens of its sequence as well
   REGULARISED = 16,    // a row with advantage 0 is not dead
+  JOINED = 32,         // nor is one whose sequence has another advantage
+  ONE_TERM = 64,       // a sequence's advantage is the mean over its tokens, and regularisers are divided by `token_number`, or with
+  TOKENS_COUNTED = 128,  // this by the tokens that count
 };
 
 template <class R> ROWS_FN R larger_or_nan(R x, R y) { return x > y || x != x ? x : y; }

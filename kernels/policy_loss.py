@@ -1,7 +1,9 @@
-"""Policy losses with one term a token: what a row weighs before its log-prob is known, its coefficient, and what all rows come to.
+"""Policy losses: what a row weighs before its log-prob is known, what the rows of a sequence add up to, a row's coefficient, and what all
+rows come to.
 
-`csrc/rows.h` says the same in C++, and `urlvr_fast/ops/layout.py` states the calls. Two launches each, because every row waits for a sum
-over all of them. Which tensors are there is told in bits, not compiled in: the kinds of losses cost no compilations.
+`csrc/rows.h` says the same in C++, and why a loss with one term a sequence is one with a term a token too; `urlvr_fast/ops/layout.py`
+states the calls. Two launches before and after, because every row waits for a sum over all of them. Which tensors are there is told in
+bits, not compiled in: the kinds of losses cost no compilations.
 """
 
 from __future__ import annotations
@@ -26,19 +28,26 @@ REGULARISER = Constant(int(LossLine.REGULARISER))
 OLD = Constant(int(LossLine.OLD))
 REF = Constant(int(LossLine.REF))
 ROLLOUT = Constant(int(LossLine.ROLLOUT))
+RATIO = Constant(int(LossLine.RATIO))
+CORRECTION = Constant(int(LossLine.CORRECTION))
 HAS_OLD = Constant(layout.HAS_OLD)
 HAS_REF = Constant(layout.HAS_REF)
 HAS_ROLLOUT = Constant(layout.HAS_ROLLOUT)
-LOG_WEIGHT = Constant(layout.LOG_WEIGHT)
+HAS_RATIO = Constant(layout.HAS_RATIO)
+HAS_CORRECTION = Constant(layout.HAS_CORRECTION)
 PER_SEQUENCE = Constant(int(Weighing.PER_SEQUENCE))
 COUNTED = Constant(int(Weighing.COUNTED))
 BY_SEQUENCES = Constant(int(Weighing.BY_SEQUENCES))
 SEQUENCE_MEAN = Constant(int(Weighing.SEQUENCE_MEAN))
 REGULARISED = Constant(int(Weighing.REGULARISED))
+JOINED = Constant(int(Weighing.JOINED))
+ONE_TERM = Constant(int(Weighing.ONE_TERM))
+TOKENS_COUNTED = Constant(int(Weighing.TOKENS_COUNTED))
 REINFORCE = Constant(LOSS_KINDS["reinforce"])
 CLIPPED = Constant(LOSS_KINDS["dapo"])
 CISPO = Constant(LOSS_KINDS["cispo"])
 SAPO = Constant(LOSS_KINDS["sapo"])
+GMPO = Constant(LOSS_KINDS["gmpo"])
 K1 = Constant(KL_KINDS["k1"])
 K2 = Constant(KL_KINDS["k2"])
 NO_CORRECTION = Constant(CORRECTIONS[None])
@@ -76,13 +85,19 @@ def smaller(x, bound):
 
 
 @triton.jit
+def larger(x, bound):
+    return tl.where(x < bound, bound, x)
+
+
+@triton.jit
 def larger_or_nan(x, y):
     return tl.where((x > y) | (x != x), x, y)
 
 
 @triton.jit
-def add(x, y):
-    return x + y
+def largest_or_nan(values):
+    """Of a block."""
+    return tl.where(tl.max((values != values).to(tl.int32), 0) != 0, float("nan"), tl.max(values, 0))
 
 
 @triton.jit
@@ -105,8 +120,17 @@ def expm1(d):
 
 
 @triton.jit
+def rollout_weight(log_weight, correction, rollout_cap, rollout_floor):
+    """What a policy term is multiplied by, of a token or of a sequence."""
+    w = exp(smaller(log_weight, MAX_LOG_RATIO))
+    outside = (w < rollout_floor) | (w > rollout_cap)
+    return tl.where(correction == TRUNCATE, smaller(w, rollout_cap), tl.where(outside, 0.0, w))
+
+
+@triton.jit
 def loss_terms(
-    logp, advantage, weight, regulariser, old, ref, rollout, present, loss_kind, kl_kind, correction,
+    logp, advantage, weight, regulariser, old, ref, rollout, of_sequence, own_correction,
+    present, loss_kind, kl_kind, correction,
     low, high, log_delta, beta, ratio_cap, tau_pos, tau_neg, rollout_cap, rollout_floor,
 ):  # fmt: skip
     """(policy term with its rollout weight, ratio, clipped low, clipped high, rollout weight, KL, rollout gap, d loss / d logp) of tokens.
@@ -115,17 +139,20 @@ def loss_terms(
     raw = tl.where(has_old, logp - old, logp - logp)  # 0, or NaN with logp
     log_ratio = smaller(raw, MAX_LOG_RATIO)
     moves = (raw > MAX_LOG_RATIO) == 0  # a clamped log-ratio has no derivative
-    moves &= ((loss_kind == CLIPPED) & (log_ratio > log_delta)) == 0
-    log_ratio = tl.where(loss_kind == CLIPPED, smaller(log_ratio, log_delta), log_ratio)
+    of_token, clips = exp(log_ratio), (loss_kind == CLIPPED) | (loss_kind == GMPO)
+    log_ratio = tl.where((present & HAS_RATIO) != 0, of_sequence, log_ratio)
+    moves &= (clips & (log_ratio > log_delta)) == 0
+    log_ratio = tl.where(clips, smaller(log_ratio, log_delta), log_ratio)
     r = exp(log_ratio)
-    below, above = r < low, r > high
+    side = tl.where(loss_kind == GMPO, of_token, r)  # gmpo clips tokens, on the way to the sequence's ratio
+    below, above = side < low, side > high
     product, clipped = r * advantage, tl.where(below, low, tl.where(above, high, r)) * advantage
-    policy = tl.where(clipped < product, -clipped, -product)
+    policy = tl.where((loss_kind != GMPO) & (clipped < product), -clipped, -product)
     pessimistic = tl.where(advantage > 0, above, below)  # the clipped product is the smaller one: constant
     slope = tl.where(moves & (pessimistic == 0), -advantage * r, 0.0)
-    slope = tl.where(r != r, r, slope)
-    clipped_low = tl.where((loss_kind == CLIPPED) & below & (advantage < 0), 1.0, 0.0)
-    clipped_high = tl.where((loss_kind == CLIPPED) & above & (advantage > 0), 1.0, 0.0)
+    slope = tl.where(product != product, product, slope)
+    clipped_low = tl.where(clips & below & (advantage < 0), 1.0, 0.0)
+    clipped_high = tl.where(clips & above & (advantage > 0), 1.0, 0.0)
     clipped_high = tl.where((loss_kind == CISPO) & (r > ratio_cap), 1.0, clipped_high)
     tau = tl.where(advantage > 0, tau_pos, tau_neg)
     sigma = 1 / (1 + exp(-tau * (r - 1)))
@@ -135,10 +162,8 @@ def loss_terms(
     by_logp = (loss_kind == CISPO) | (loss_kind == REINFORCE)
     policy = tl.where(by_logp, detached * logp, policy)
     slope = tl.where(by_logp, detached, slope)
-    log_w = tl.where((present & LOG_WEIGHT) != 0, rollout, tl.where(has_old, old, logp) - rollout)
-    w = exp(smaller(log_w, MAX_LOG_RATIO))
-    outside = (w < rollout_floor) | (w > rollout_cap)
-    w = tl.where(correction == TRUNCATE, smaller(w, rollout_cap), tl.where(outside, 0.0, w))
+    w = rollout_weight(tl.where(has_old, old, logp) - rollout, correction, rollout_cap, rollout_floor)
+    w = tl.where((present & HAS_CORRECTION) != 0, own_correction, w)
     w = tl.where(correction == NO_CORRECTION, 1.0, w)
     corrected = correction != NO_CORRECTION
     gradient = weight * tl.where(corrected, slope * w, slope)
@@ -148,14 +173,13 @@ def loss_terms(
     kl = tl.where((present & HAS_REF) != 0, kl, 0.0)
     by_kl = tl.where(kl_kind == K1, 1.0, tl.where(kl_kind == K2, -d, -e))
     gradient = tl.where((beta != 0) & ((present & HAS_REF) != 0), gradient + beta * regulariser * by_kl, gradient)
-    reports_gap = (present & (HAS_ROLLOUT | LOG_WEIGHT)) == HAS_ROLLOUT
-    gap = tl.where(reports_gap, tl.abs(logp - rollout), 0.0)
+    gap = tl.where((present & HAS_ROLLOUT) != 0, tl.abs(logp - rollout), 0.0)
     return tl.where(corrected, policy * w, policy), r, clipped_low, clipped_high, w, kl, gap, gradient
 
 
 @triton.jit
 def load_lines(loss, loss_stride, n, inside):
-    """(advantage, weight, regulariser, old, ref, rollout) of rows."""
+    """(advantage, weight, regulariser, old, ref, rollout, the sequence's log-ratio, its correction) of rows."""
     line = loss + n
     stride = loss_stride.to(tl.int64)
     advantage = tl.load(line + ADVANTAGE * stride, mask=inside, other=0.0)
@@ -164,7 +188,9 @@ def load_lines(loss, loss_stride, n, inside):
     old = tl.load(line + OLD * stride, mask=inside, other=0.0)
     ref = tl.load(line + REF * stride, mask=inside, other=0.0)
     rollout = tl.load(line + ROLLOUT * stride, mask=inside, other=0.0)
-    return advantage, weight, regulariser, old, ref, rollout
+    ratio = tl.load(line + RATIO * stride, mask=inside, other=0.0)
+    own_correction = tl.load(line + CORRECTION * stride, mask=inside, other=0.0)
+    return advantage, weight, regulariser, old, ref, rollout, ratio, own_correction
 
 
 @triton.jit
@@ -187,9 +213,9 @@ def row_upstream(
     SCALED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the loss by a row's logp, entropy and self-certainty; SCALED: divided by the power of two that comes last."""
-    advantage, weight, regulariser, old, ref, rollout = load_lines(loss, loss_stride, n, inside)
+    advantage, weight, regulariser, old, ref, rollout, ratio, own_correction = load_lines(loss, loss_stride, n, inside)
     _, _, _, _, _, _, _, g_logp = loss_terms(
-        logp, advantage, weight, regulariser, old, ref, rollout, present, loss_kind, kl_kind, correction,
+        logp, advantage, weight, regulariser, old, ref, rollout, ratio, own_correction, present, loss_kind, kl_kind, correction,
         low, high, log_delta, beta, ratio_cap, tau_pos, tau_neg, rollout_cap, rollout_floor,
     )  # fmt: skip
     g_h, g_sc = regulariser_gradient(entropy_coef, regulariser), regulariser_gradient(self_certainty_coef, regulariser)
@@ -212,9 +238,10 @@ def _load_if(there, values, n, inside):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def lengths_kernel(mask, cu_seqlens, lengths, rows, BLOCK: tl.constexpr, PART: tl.constexpr):
+def lengths_kernel(mask, cu_seqlens, advantages, lengths, means, alive, rows, BLOCK: tl.constexpr, PART: tl.constexpr):
     """A program per sequence, or where there are none per PART rows: how many tokens count. Nobody has checked cu_seqlens where that would
-    be a wait for the device: -1 says that they do not rise from 0 to the number of rows."""
+    be a wait for the device: -1 says that they do not rise from 0 to the number of rows. Where rows are joined, also the mean of their
+    advantages, and whether one is not 0."""
     sequence = tl.program_id(0)
     begin = tl.zeros((), tl.int64) + sequence * PART
     end = tl.minimum(begin + PART, rows)
@@ -232,16 +259,28 @@ def lengths_kernel(mask, cu_seqlens, lengths, rows, BLOCK: tl.constexpr, PART: t
             counted += (tl.load(mask + n, mask=n < end, other=0) != 0).to(tl.int32)
         length = tl.sum(counted, 0).to(tl.int64)
     tl.store(lengths + sequence, tl.where(broken, -1, length))
+    if advantages is not None:
+        total, found = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.int32)
+        for start in range(begin, end, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            inside = n < end
+            if mask is not None:
+                inside = inside & (tl.load(mask + n, mask=inside, other=0) != 0)
+            advantage = tl.load(advantages + n, mask=inside, other=0.0)
+            total += advantage
+            found |= (advantage != 0).to(tl.int32)
+        tl.store(means + sequence, tl.sum(total, 0) * reciprocal_or_0(length.to(tl.float32)))
+        tl.store(alive + sequence, tl.max(found, 0) != 0)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def loss_rows_kernel(
-    advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, number, weighing, present, lengths, sequences, steps,
-    loss, loss_stride, live, counts, rows,
+    advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, number, token_denominator, token_number, weighing, present,
+    lengths, means, alive, sequences, steps, loss, loss_stride, live, counts, rows,
     BLOCK: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
-    """A program per BLOCK rows; each adds up all lengths for itself. Absent log-probs are the advantages' memory, which
-    is not read for them."""
+    """A program per BLOCK rows; each adds up all lengths for itself. Absent log-probs are the advantages' memory, which is not read for
+    them. `means` and `alive` of the sequences: where rows are joined that have advantages of their own."""
     tokens, counting, lowest = tl.zeros((), tl.int64) + rows, (tl.zeros((), tl.int64) + rows > 0).to(tl.int64), tl.zeros((), tl.int64)
     if lengths is not None:
         tokens_of, counting_of, lowest_of = (tl.zeros((SEQUENCES,), tl.int64),) * 3
@@ -266,9 +305,9 @@ def loss_rows_kernel(
 
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < rows
-    at, weight = n.to(tl.int64), tl.zeros((BLOCK,), tl.float32) + inverse
+    at, sequence, weight = n.to(tl.int64), tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.float32) + inverse
     if cu_seqlens is not None:  # noqa: SIM102  (known when it is compiled, the other when it runs)
-        if (weighing & (PER_SEQUENCE | SEQUENCE_MEAN)) != 0:
+        if (weighing & (PER_SEQUENCE | SEQUENCE_MEAN | JOINED)) != 0:
             # The last sequence that begins at or before the row.
             first, last = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64) + (sequences - 1)
             for _ in range(steps):
@@ -282,17 +321,80 @@ def loss_rows_kernel(
                 at = sequence
     advantage = tl.load(advantages + at, mask=inside, other=0.0) + poison
     weight += poison
+    matters = advantage != 0
+    if means is not None:
+        matters = tl.load(alive + sequence, mask=inside, other=0) != 0
+        if (weighing & ONE_TERM) != 0:
+            advantage = tl.load(means + sequence, mask=inside, other=0.0) + poison
     counted = inside
     if mask is not None:
         counted = inside & (tl.load(mask + n, mask=inside, other=0) != 0)
-    tl.store(live + n, counted & (((weighing & REGULARISED) != 0) | (advantage != 0)), mask=inside)
+    tl.store(live + n, counted & (((weighing & REGULARISED) != 0) | matters), mask=inside)
+    regulariser = weight
+    if (weighing & ONE_TERM) != 0:
+        token_divisor = tl.zeros((), tl.float32) + token_number
+        if token_denominator is not None:
+            token_divisor = tl.load(token_denominator)
+        token_divisor = tl.where((weighing & TOKENS_COUNTED) != 0, tokens.to(tl.float32), token_divisor)
+        regulariser = tl.zeros((BLOCK,), tl.float32) + (reciprocal_or_0(token_divisor) + poison)
     stride, line = loss_stride.to(tl.int64), loss + n
     tl.store(line + ADVANTAGE * stride, advantage, mask=inside)
     tl.store(line + WEIGHT * stride, weight, mask=inside)
-    tl.store(line + REGULARISER * stride, weight, mask=inside)
+    tl.store(line + REGULARISER * stride, regulariser, mask=inside)
     tl.store(line + OLD * stride, _load_if((present & HAS_OLD) != 0, old_logp, n, inside), mask=inside)
     tl.store(line + REF * stride, _load_if((present & HAS_REF) != 0, ref_logp, n, inside), mask=inside)
     tl.store(line + ROLLOUT * stride, _load_if((present & HAS_ROLLOUT) != 0, rollout_logp, n, inside), mask=inside)
+    tl.store(line + RATIO * stride, tl.zeros((BLOCK,), tl.float32), mask=inside)
+    tl.store(line + CORRECTION * stride, tl.zeros((BLOCK,), tl.float32), mask=inside)
+
+
+# ---- kernels: the rows of a sequence ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def join_kernel(
+    logp, cu_seqlens, which, loss, loss_stride, present, loss_kind, correction, low, high, rollout_cap, rollout_floor, rows,
+    BLOCK: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """A program per sequence: its mean log-ratio and its rollout weight, into the lines of its rows. PRODUCT: the weight is that of the
+    product of its tokens' ratios, otherwise the mean of their weights. Offsets that leave the rows are cut: such rows weigh NaN."""
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + tl.program_id(0)), 0), rows)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + tl.program_id(0) + 1), 0), rows)
+    tokens, ratios, corrections = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    log_high = tl.log(tl.zeros((BLOCK,), tl.float32) + high)
+    log_low = tl.where(low > 0, tl.log(tl.zeros((BLOCK,), tl.float32) + tl.where(low > 0, low, 1.0)), -float("inf"))
+    stride = loss_stride.to(tl.int64)
+    for start in range(begin, end, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        inside = n < end
+        if which is not None:
+            inside = inside & (tl.load(which + n, mask=inside, other=0) != 0)
+        old = tl.load(loss + OLD * stride + n, mask=inside, other=0.0)
+        current = old
+        if logp is not None:
+            current = tl.load(logp + n, mask=inside, other=0.0)
+        own = tl.where((present & HAS_OLD) != 0, old, current)
+        if (present & HAS_RATIO) != 0:
+            ratio = smaller(current - own, MAX_LOG_RATIO)
+            advantage = tl.load(loss + ADVANTAGE * stride + n, mask=inside, other=0.0)
+            pessimistic = tl.where(advantage >= 0, smaller(ratio, log_high), larger(ratio, log_low))
+            ratios += tl.where(inside, tl.where(loss_kind == GMPO, pessimistic, ratio), 0.0)
+        if (present & HAS_CORRECTION) != 0:
+            weight = own - tl.load(loss + ROLLOUT * stride + n, mask=inside, other=0.0)
+            if not PRODUCT:
+                weight = tl.where(inside, rollout_weight(weight, correction, rollout_cap, rollout_floor), 0.0)
+            corrections += weight
+        tokens += inside.to(tl.float32)
+    count = tl.maximum(tl.sum(tokens, 0), 1.0)
+    mean = tl.div_rn(tl.sum(ratios, 0), count)
+    weight = tl.sum(corrections, 0)
+    weight = rollout_weight(weight, correction, rollout_cap, rollout_floor) if PRODUCT else tl.div_rn(weight, count)
+    for start in range(begin, end, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        if (present & HAS_RATIO) != 0:
+            tl.store(loss + RATIO * stride + n, tl.zeros((BLOCK,), tl.float32) + mean, mask=n < end)
+        if (present & HAS_CORRECTION) != 0:
+            tl.store(loss + CORRECTION * stride + n, tl.zeros((BLOCK,), tl.float32) + weight, mask=n < end)
 
 
 # ---- kernels: after them ----------------------------------------------------------------------------------------------------------------
@@ -309,7 +411,7 @@ def objective_kernel(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < rows
     alive = inside & (tl.load(live + n, mask=inside, other=0) != 0)
-    advantage, weight, regulariser, old, ref, rollout = load_lines(loss, loss_stride, n, alive)
+    advantage, weight, regulariser, old, ref, rollout, ratio, own_correction = load_lines(loss, loss_stride, n, alive)
     h = tl.zeros((BLOCK,), tl.float32)
     sc = h
     if entropy is not None:
@@ -317,7 +419,7 @@ def objective_kernel(
     if self_certainty is not None:
         sc = tl.load(self_certainty + n, mask=alive, other=0.0)
     policy, r, clipped_low, clipped_high, w, kl, gap, gradient = loss_terms(
-        tl.load(logp + n, mask=alive, other=0.0), advantage, weight, regulariser, old, ref, rollout,
+        tl.load(logp + n, mask=alive, other=0.0), advantage, weight, regulariser, old, ref, rollout, ratio, own_correction,
         present, loss_kind, kl_kind, correction, low, high, log_delta, beta, ratio_cap, tau_pos, tau_neg, rollout_cap, rollout_floor,
     )  # fmt: skip
     one = tl.zeros((BLOCK,), tl.float32) + 1
@@ -327,9 +429,9 @@ def objective_kernel(
     )  # fmt: skip
     to = partial + tl.program_id(0).to(tl.int64) * SUMS
     for i in tl.static_range(MAXIMA):
-        tl.store(to + i, tl.reduce(tl.where(alive, summed[i], 0.0), 0, add))
-    tl.store(to + MAXIMA, tl.reduce(tl.where(alive, r, 0.0), 0, larger_or_nan))
-    tl.store(to + MAXIMA + 1, tl.reduce(tl.where(alive, gap, 0.0), 0, larger_or_nan))
+        tl.store(to + i, tl.sum(tl.where(alive, summed[i], 0.0), 0))
+    tl.store(to + MAXIMA, largest_or_nan(tl.where(alive, r, 0.0)))
+    tl.store(to + MAXIMA + 1, largest_or_nan(tl.where(alive, gap, 0.0)))
     if upstream is not None:
         stride = upstream_stride.to(tl.int64)
         for i in tl.static_range(GRADS):
@@ -352,7 +454,7 @@ def _all_blocks(partial, line, blocks, BLOCK: tl.constexpr, MAXIMUM: tl.constexp
         i = start + tl.arange(0, BLOCK)
         value = tl.load(partial + i.to(tl.int64) * SUMS + line, mask=i < blocks, other=0.0)
         total = larger_or_nan(value, total) if MAXIMUM else total + value
-    return tl.reduce(total, 0, larger_or_nan) if MAXIMUM else tl.reduce(total, 0, add)
+    return largest_or_nan(total) if MAXIMUM else tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -392,6 +494,8 @@ def plan_loss_rows(
     rollout_logp: Tensor | None,
     denominator: Tensor | None,
     number: float,
+    token_denominator: Tensor | None,
+    token_number: float,
     weighing: int,
     lines: Tensor,
     live: Tensor,
@@ -410,9 +514,13 @@ def plan_loss_rows(
         "rollout_logp": advantages if rollout_logp is None else rollout_logp,
         "denominator": denominator,
         "number": float(number),
+        "token_denominator": token_denominator,
+        "token_number": float(token_number),
         "weighing": weighing,
         "present": sum(bit for bit, value in given if value is not None),
         "lengths": None,
+        "means": None,
+        "alive": None,
         "sequences": sequences,
         "steps": (sequences + 1).bit_length(),
         "loss": lines,
@@ -427,12 +535,48 @@ def plan_loss_rows(
     if mask is not None or cu_seqlens is not None:
         lengths = torch.empty(sequences, dtype=torch.int64, device=lines.device)
         arguments["lengths"] = lengths
+        if weighing & Weighing.JOINED and not weighing & Weighing.PER_SEQUENCE:
+            arguments["means"] = torch.empty(sequences, dtype=torch.float32, device=lines.device)
+            arguments["alive"] = torch.empty(sequences, dtype=torch.bool, device=lines.device)
         of_lengths = {"mask": mask, "cu_seqlens": cu_seqlens, "lengths": lengths, "rows": rows}
+        of_lengths |= {"means": arguments["means"], "alive": arguments["alive"]}
+        of_lengths |= {"advantages": None if arguments["means"] is None else advantages}
         of_lengths |= {"BLOCK": targets.LENGTHS.columns, "PART": part}
         if sequences:
             launches.append(Launch(lengths_kernel, sequences, of_lengths, targets.LENGTHS.warps))
     blocks = max(1, triton.cdiv(rows, targets.ROWS.columns))  # one without rows too: it writes the counts
     return [*launches, Launch(loss_rows_kernel, blocks, arguments, targets.ROWS.warps)]
+
+
+def plan_join(
+    logp: Tensor | None,
+    cu_seqlens: Tensor,
+    which: Tensor | None,
+    present: int,
+    kind: int,
+    correction: int,
+    product: bool,
+    numbers: Sequence[float],
+    lines: Tensor,
+) -> list[Launch]:
+    """What `join` launches."""
+    named = dict(zip(NUMBERS, map(float, numbers), strict=True))
+    arguments: dict[str, Any] = {name: named[name] for name in ("low", "high", "rollout_cap", "rollout_floor")}
+    arguments |= {
+        "logp": logp,
+        "cu_seqlens": cu_seqlens,
+        "which": which,
+        "loss": lines,
+        "loss_stride": lines.stride(0),
+        "present": present,
+        "loss_kind": kind,
+        "correction": correction,
+        "rows": lines.shape[1],
+        "BLOCK": targets.LENGTHS.columns,
+        "PRODUCT": bool(product),
+    }
+    sequences = len(cu_seqlens) - 1
+    return [Launch(join_kernel, sequences, arguments, targets.LENGTHS.warps)] if sequences else []
 
 
 def plan_objective(
@@ -486,6 +630,8 @@ def loss_rows(
     rollout_logp: Tensor | None,  # (N,)
     denominator: Tensor | None,  # 0-d
     number: float,
+    token_denominator: Tensor | None,  # 0-d
+    token_number: float,
     weighing: int,
     lines: Tensor,  # (LOSS_LINES, N)
     live: Tensor,  # (N,) bool
@@ -493,8 +639,25 @@ def loss_rows(
 ) -> None:
     """Write what is known of every row before its log-prob. With cu_seqlens that do not rise from 0 to N all of it is NaN."""
     with torch.cuda.device_of(lines):
-        given = (advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator)
-        for step in plan_loss_rows(*given, number, weighing, lines, live, counts):
+        given = (advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, number, token_denominator, token_number)
+        for step in plan_loss_rows(*given, weighing, lines, live, counts):
+            step.run()
+
+
+def join(
+    logp: Tensor | None,  # (N,)
+    cu_seqlens: Tensor,  # (B + 1,)
+    which: Tensor | None,  # (N,) bool
+    present: int,
+    kind: int,
+    correction: int,
+    product: bool,
+    numbers: Sequence[float],  # NUMBERS
+    lines: Tensor,  # (LOSS_LINES, N)
+) -> None:
+    """Write what the rows of each sequence add up to into their lines."""
+    with torch.cuda.device_of(lines):
+        for step in plan_join(logp, cu_seqlens, which, present, kind, correction, product, numbers, lines):
             step.run()
 
 

@@ -1,4 +1,4 @@
-"""The gradient of a policy loss with one term a token, made in the forward: statistics, coefficient and gradient of a row in turn.
+"""The gradient of a policy loss whose rows are not joined, made in the forward: statistics, coefficient and gradient of a row in turn.
 
 A persistent grid has one row per processor in flight, so that the way back over a row, which starts at its end, finds it in L2: one
 read and one write of memory. With a keep set the three steps are kernels of their own, because kept columns are scattered.

@@ -75,7 +75,20 @@ RUNTIME = (
     *("loss", "loss_stride", "present", "loss_kind", "kl_kind", "correction", "row_scale", "low", "high", "log_delta", "beta"),
     *("entropy_coef", "self_certainty_coef", "ratio_cap", "tau_pos", "tau_neg", "rollout_cap", "rollout_floor"),
     *("advantages", "cu_seqlens", "old_logp", "ref_logp", "rollout_logp", "denominator", "number", "weighing", "lengths", "sequences"),
-    *("steps", "live", "counts", "logp", "entropy", "self_certainty", "metrics"),
+    *(
+        "token_denominator",
+        "token_number",
+        "means",
+        "alive",
+        "which",
+        "steps",
+        "live",
+        "counts",
+        "logp",
+        "entropy",
+        "self_certainty",
+        "metrics",
+    ),
     *("rewards", "group_ids", "eps_bits"),
 )
 

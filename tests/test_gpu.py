@@ -154,6 +154,23 @@ def test_dead_rows_that_the_host_knows_cost_nobody_a_wait(backend):
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["gspo", "gmpo"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_advantage_of_0_that_the_host_knows_is_not_dead_in_a_sequence_that_is_alive(backend, loss_type):
+    p = Problem(n=32)
+    advantages = torch.where(torch.arange(32, device="cpu") % 2 == 0, 0.0, torch.linspace(-1, 1, 32, device="cpu"))
+    results = []
+    for given in (advantages, advantages.to("cuda")):
+        hidden, weight = leaves(p.hidden, p.weight)
+        with nobody_waits():
+            call = {"loss_type": loss_type, "cu_seqlens": p.bounds, "backend": backend}
+            loss, metrics = linear_policy_loss(hidden, weight, p.ids, advantages=given, **call)
+            loss.backward()
+        assert (hidden.grad != 0).any(1).all()
+        results.append((loss.detach(), metrics["live_tokens"].double(), hidden.grad, weight.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("backend", QUICK)
 def test_what_the_host_knows_of_sequences_may_stay_there(backend, loss_type):

@@ -24,11 +24,11 @@ from urlvr_fast.ops.layout import (
     CORRECTIONS,
     ENTROPY_ON_KEEP,
     GRADS,
+    HAS_CORRECTION,
     HAS_OLD,
     HAS_REF,
     HAS_ROLLOUT,
     KL_KINDS,
-    LOG_WEIGHT,
     LOSS_LINES,
     METRICS,
     RAW,
@@ -557,7 +557,7 @@ def loss_case(rows, options, kl, correction, has_old, seed=11):
     stats = expected_stats(rows)
     n = len(stats.logp)
     logp = torch.where(stats.logp.isfinite(), stats.logp, -1)
-    lines = torch.full((LOSS_LINES, n), NAN)
+    lines = torch.full((LOSS_LINES, n), NAN)  # of a sequence nothing is there
     lines[LossLine.ADVANTAGE] = torch.randn(n, generator=g)
     lines[LossLine.WEIGHT] = torch.rand(n, generator=g) / 100
     lines[LossLine.REGULARISER] = torch.rand(n, generator=g) / 100
@@ -629,16 +629,19 @@ def test_every_policy_loss(kernels, loss_type):
 
 @pytest.mark.parametrize("correction", ["truncate", "mask"])
 def test_a_correction_that_is_known_beforehand(kernels, correction):
-    """Its log in the place of the sampler's log-prob."""
+    """In a line of its own, as that of a sequence is."""
     rows = rows_of(random_logits(4, 12, 70, size=1.5), ids=random_ids(48, 70))
     options = reference.LossOptions(rollout_correction=correction, rollout_floor=0.3, rollout_cap=1.6)
     want, _, _, _ = run_policy(kernels, rows, options, None, correction, True)
     lines, present, _ = loss_case(rows, options, None, correction, True)
-    lines[LossLine.ROLLOUT] = lines[LossLine.OLD] - lines[LossLine.ROLLOUT]
+    weight = (lines[LossLine.OLD] - lines[LossLine.ROLLOUT]).exp()
+    outside = (weight < 0.3) | (weight > 1.6)
+    lines[LossLine.CORRECTION] = weight.clamp(max=1.6) if correction == "truncate" else weight.masked_fill(outside, 0)
+    lines[LossLine.ROLLOUT] = NAN
     kinds, numbers = (LOSSES[options.loss_type], 0, CORRECTIONS[correction]), packed_loss.loss_numbers(options)
     out = torch.full_like(want, NAN)
-    kernels.policy(rows, lines, out, policy_flags(options), present | LOG_WEIGHT, kinds, numbers)
-    assert torch.equal(out, want)
+    kernels.policy(rows, lines, out, policy_flags(options), present | HAS_CORRECTION, kinds, numbers)
+    assert_gradient(out, want.double())
 
 
 REGULARISED = reference.LossOptions(kl="k3", beta=0.1, entropy_coef=0.3, self_certainty_coef=0.2, rollout_correction="truncate")
@@ -787,8 +790,6 @@ def test_a_factor_of_one_touches_nothing(kernels):
 
 # --------------------------------------------------------------------------------------------------------------- rows of a policy loss
 
-TOKEN_LOSSES = ("reinforce", "grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo")
-
 
 @pytest.fixture
 def packed(kernels, monkeypatch):
@@ -803,7 +804,8 @@ def packed(kernels, monkeypatch):
 
         return run
 
-    package = SimpleNamespace(loss_rows=after_filling(kernels.loss_rows, 3), objective=after_filling(kernels.objective, 2))
+    filled = {"loss_rows": after_filling(kernels.loss_rows, 3), "objective": after_filling(kernels.objective, 2)}
+    package = SimpleNamespace(**filled, join=kernels.join)
     monkeypatch.setattr(packed_loss, "kernels", lambda backend: package)
     optional = dict.fromkeys(("mask", "cu_seqlens", "old_logp", "ref_logp", "rollout_logp", "denominator"))
 
@@ -821,15 +823,22 @@ def exact_rows(options, rows, advantages, mask=None, **given):
     return reference.loss_rows(options, advantages=advantages.double(), mask=mask, dtype=torch.float64, **wide)
 
 
-def assert_rows(got, want):
-    n = len(want.mask)
+def assert_rows(got, want, options, per_sequence=False):
+    n, advantages, weight = len(want.mask), want.advantages, want.weight
     some = bool(want.mask.any())
     sequences = int(some) if want.lengths is None else int((want.lengths > 0).sum())
     assert got.counts.tolist() == [int(want.mask.sum()), sequences]
     assert torch.equal(got.live, want.live)
-    assert torch.equal(got.lines[LossLine.ADVANTAGE], want.advantages.float())
-    torch.testing.assert_close(got.lines[LossLine.WEIGHT].double(), want.weight.expand(n), rtol=3e-7, atol=0)
-    assert torch.equal(got.lines[LossLine.REGULARISER], got.lines[LossLine.WEIGHT])
+    if options.loss_type in reference.SEQUENCE_RATIO:  # a term a sequence is, to the kernels, one a token
+        share = want.lengths.reciprocal().masked_fill(want.lengths == 0, 0)
+        if not per_sequence:
+            advantages = (want.sequence_sum(torch.where(want.mask, advantages, 0)) * share)[want.sequence]
+        weight = want.sequence_weight * (1 if options.loss_type == "luspo" else share[want.sequence])
+        torch.testing.assert_close(got.lines[LossLine.ADVANTAGE].double(), advantages, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(got.lines[LossLine.ADVANTAGE], advantages.float())
+    torch.testing.assert_close(got.lines[LossLine.WEIGHT].double(), weight.expand(n), rtol=3e-7, atol=0)
+    torch.testing.assert_close(got.lines[LossLine.REGULARISER].double(), want.regulariser_weight.expand(n), rtol=3e-7, atol=0)
     for line, value in ((LossLine.OLD, want.old_logp), (LossLine.REF, want.ref_logp), (LossLine.ROLLOUT, want.rollout_logp)):
         assert torch.equal(got.lines[line], torch.zeros(n) if value is None else value.float())
 
@@ -858,7 +867,7 @@ LENGTHS = {  # of the sequences
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("loss_type", TOKEN_LOSSES)
+@pytest.mark.parametrize("loss_type", reference.LOSS_TYPES)
 def test_the_rows_of_a_loss(packed, loss_type, lengths):
     cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS[lengths])])
     n, sequences = int(cu_seqlens[-1]), len(cu_seqlens) - 1
@@ -872,7 +881,9 @@ def test_the_rows_of_a_loss(packed, loss_type, lengths):
         given = {"mask": mask, "cu_seqlens": cu_seqlens, "denominator": denominator, "old_logp": old}
         given |= {"advantages": random_advantages(sequences if per_sequence else n)}
         given |= {"ref_logp": ref} if per_sequence else {"rollout_logp": rollout}
-        assert_rows(packed(options, n, **given), exact_rows(options, n, **given))
+        if loss_type in reference.SEQUENCE_RATIO:
+            given |= {"token_denominator": denominator if per_sequence else torch.tensor(9.0)}
+        assert_rows(packed(options, n, **given), exact_rows(options, n, **given), options, len(given["advantages"]) != n)
 
 
 @pytest.mark.parametrize("n", [0, 1, 300, 9001])
@@ -884,13 +895,13 @@ def test_rows_without_sequences(packed, loss_type, n):
         if loss_type == "dr_grpo" and denominator is None:
             continue
         given = {"mask": mask, "advantages": random_advantages(n), "denominator": denominator}
-        assert_rows(packed(options, n, **given), exact_rows(options, n, **given))
+        assert_rows(packed(options, n, **given), exact_rows(options, n, **given), options)
 
 
 @pytest.mark.parametrize("cu_seqlens", [
     [0, 6, 4, 10], [0, 4, 9], [0, 4, 11], [1, 10], [0, -5, 10], [0, 1 << 40, 10], [-(1 << 40), 10], [0, 10, 0, 10], [10, 0], [0, 0], [3, 3],
 ])  # fmt: skip
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo"])
 def test_sequences_that_cannot_be_leave_no_row_a_weight(packed, loss_type, cu_seqlens):
     n, cu_seqlens = 10, torch.tensor(cu_seqlens)
     for mask, per_sequence in itertools.product((None, random_mask(n)), (False, True)):
@@ -899,6 +910,9 @@ def test_sequences_that_cannot_be_leave_no_row_a_weight(packed, loss_type, cu_se
         assert got.lines[: LossLine.REGULARISER + 1].isnan().all()
         assert got.counts.isnan().all()
         assert torch.equal(got.live, torch.ones(n, dtype=torch.bool) if mask is None else mask)
+        loss, _, gradients = got.evaluate(statistics_of(-torch.ones(n), None, None), reference.LossOptions(loss_type), differentiate=True)
+        assert loss.isnan()
+        assert gradients[Stat.LOGP, got.live].isnan().all()
 
 
 def objective_case(n, has_old=True, has_ref=True, has_rollout=True, masked=True, seed=31):
@@ -954,11 +968,12 @@ def assert_objective(packed, options, given, *statistics):
 
 
 @pytest.mark.parametrize("kl", KL_KINDS)
-@pytest.mark.parametrize("loss_type", TOKEN_LOSSES)
+@pytest.mark.parametrize("loss_type", reference.LOSS_TYPES)
 def test_every_objective(packed, loss_type, kl):
     for correction, has_old, plain in itertools.product(CORRECTIONS, (False, True), (False, True)):
         more = {} if plain else {"entropy_coef": 0.2, "self_certainty_coef": -0.1}
-        more |= {"delta": 2.0} if loss_type in ("grpo", "dapo", "bnpo", "dr_grpo") and has_old else {}
+        more |= {"delta": 2.0} if loss_type not in ("reinforce", "cispo", "sapo") and has_old else {}
+        more |= {"rollout_level": "sequence"} if has_old != plain else {}
         more |= {"kl": kl, "beta": 0.0 if plain else 0.3} if kl else {}
         more |= {"max_length": 50} if loss_type == "dr_grpo" else {}
         options = reference.LossOptions(
@@ -988,7 +1003,7 @@ def test_an_objective_of_no_rows_is_0(packed):
     assert (gradients == 0).all()
 
 
-@pytest.mark.parametrize("loss_type", TOKEN_LOSSES)
+@pytest.mark.parametrize("loss_type", reference.LOSS_TYPES)
 def test_an_objective_of_rows_that_are_dead_or_no_numbers(packed, loss_type):
     options = reference.LossOptions(loss_type=loss_type, beta=0.1, kl="k2", entropy_coef=0.1, max_length=9, rollout_correction="truncate")
     given, *statistics = objective_case(300)
@@ -1008,7 +1023,11 @@ def test_an_objective_of_rows_that_are_dead_or_no_numbers(packed, loss_type):
         rows, values = packed(options, 300, **given), statistics_of(*statistics)
         loss, _, gradients = rows.evaluate(values, options, differentiate=True)
         assert loss.isnan()
-        assert gradients[Stat.LOGP].isnan().nonzero().tolist() == [[row]]
+        spoilt = torch.arange(300) == row
+        if loss_type in reference.SEQUENCE_RATIO:
+            sequence = reference.sequence_of_rows(given["cu_seqlens"], 300)
+            spoilt = (sequence == sequence[row]) & given["mask"]
+        assert torch.equal(gradients[Stat.LOGP].isnan(), spoilt)
         vector[row] = before
 
 

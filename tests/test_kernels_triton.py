@@ -523,7 +523,7 @@ def loss_case(options, logp, *, old, ref, rollout, mask=None, seed=3):
     cu_seqlens = torch.tensor([0, n // 3, n // 3, n])
     given = {"old_logp": near(0.3) if old else None, "ref_logp": near(0.5) if ref else None, "rollout_logp": near(0.7) if rollout else None}
     rows = reference.loss_rows(options, advantages=advantages, mask=mask, dtype=torch.float64, cu_seqlens=cu_seqlens, **given)
-    lines = [rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rows.rollout_logp]
+    lines = [rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rows.rollout_logp, None, None]
     packed = torch.stack([torch.full((n,), NAN) if line is None else line.float() for line in lines])
     assert len(packed) == LOSS_LINES
     return rows, packed

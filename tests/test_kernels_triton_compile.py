@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from urlvr_fast.kernels import group_advantages, policy_loss, policy_loss_from_logits, scale_rows, token_stats
 
 from benches.compiled import binary_of, cuobjdump, hot_launches, hot_loop, specialisation
-from urlvr_fast.ops.layout import ENTROPY_ON_KEEP, GRADS, HAS_OLD, LOSS_LINES, METRICS, RAW, STATS, Stat
+from urlvr_fast.ops.layout import ENTROPY_ON_KEEP, GRADS, HAS_OLD, LOSS_LINES, METRICS, RAW, STATS, Stat, Weighing
 
 ARCHITECTURES = (80, 90, 100)
 COLUMNS = (32000, 151936)
@@ -121,8 +121,14 @@ def losses(rows=MANY, sequences=32):
     for mask, cu_seqlens, denominator in itertools.product((False, True), repeat=3):
         given = meta(rows, dtype=torch.bool) if mask else None, meta(sequences + 1, dtype=torch.int64) if cu_seqlens else None
         optional = meta(rows), None, None, meta(()) if denominator else None
-        yield from policy_loss.plan_loss_rows(meta(rows), *given, *optional, 1.0, 0, *out)
+        weighings = (0, Weighing.JOINED) if cu_seqlens else (0,)
+        for weighing in weighings:
+            divisors = optional[-1], 1.0, optional[-1], 1.0
+            yield from policy_loss.plan_loss_rows(meta(rows), *given, *optional[:-1], *divisors, weighing, *out)
     numbers = [0.8, 1.28, float("inf"), 0.1, 0.01, 0.0, 5.0, 1.0, 1.05, 3.0, 0.0]
+    for logp, which, product in itertools.product((False, True), repeat=3):
+        given = meta(rows) if logp else None, meta(sequences + 1, dtype=torch.int64), meta(rows, dtype=torch.bool) if which else None
+        yield from policy_loss.plan_join(*given, HAS_OLD, 1, 0, product, numbers, out[0])
     for entropy, self_certainty, upstream in itertools.product((False, True), repeat=3):
         given = meta(rows), meta(rows) if entropy else None, meta(rows) if self_certainty else None
         kinds = HAS_OLD, 1, 0, 0, numbers

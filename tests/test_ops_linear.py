@@ -239,6 +239,30 @@ def test_loss_with_every_reading_of_the_logits(kind, loss_type):
     torch.testing.assert_close(torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(expected, [hidden, weight]))
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("loss_type", ["gspo", "luspo", "gmpo"])
+def test_on_policy_a_ratio_of_sequences_joins_nothing(loss_type, backend, monkeypatch):
+    """It is 1: three products however short the chunks, though a token's advantage of 0 does not make it dead."""
+    counts = product_rows(monkeypatch)
+    hidden, weight, ids, g = problem(4)
+    advantages = torch.randn(N, generator=g, dtype=DTYPE) * (torch.rand(N, generator=g) < 0.6)
+    mask = torch.rand(N, generator=g) < 0.8
+    advantages[5:14] = 0  # a sequence that is dead
+    call = {"advantages": advantages, "mask": mask, "cu_seqlens": CU, "loss_type": loss_type, "backend": backend}
+    loss, metrics = linear_policy_loss(hidden, weight, ids, chunk_bytes=TINY, **call)
+    live = int(mask.sum() - mask[5:14].sum())
+    if backend is None:
+        assert list(counts.values()) == [live] * 3
+    assert metrics["live_tokens"] == live
+    logits = hidden @ weight.T
+    expected, _ = policy_loss(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0], **call | {"backend": "torch"})
+    torch.testing.assert_close(loss, expected)
+    wanted = torch.autograd.grad(expected, [hidden, weight], retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, [hidden, weight]), wanted)
+    from_logits, _ = policy_loss_from_logits(logits, ids, **call)
+    torch.testing.assert_close(torch.autograd.grad(from_logits, [hidden, weight]), wanted)
+
+
 def product_rows(monkeypatch):
     """Rows that go through each product of a call: forward, dX, dW."""
     counts = {"logits": 0, "hidden_gradient": 0, "weight_gradient": 0}

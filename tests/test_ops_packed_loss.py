@@ -1,4 +1,4 @@
-"""The rows of a loss with one term a token, before and after their log-probs: every kernel package that runs here against float64.
+"""The rows of a loss before and after their log-probs: every kernel package that runs here against float64.
 
 `TRITON_INTERPRET=1 pytest tests/test_ops_packed_loss.py` runs the Triton kernels (`make test` does both).
 """
@@ -18,7 +18,7 @@ from urlvr_fast.ops.reference import SEQUENCE_RATIO, LossOptions, TokenStats
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_HOST = torch.get_default_device().type == "cpu"
 BACKENDS = ["triton" if INTERPRETED else "cpp"] if ON_HOST else ["triton", "cuda"]
-LOSSES = [name for name in reference.LOSS_TYPES if name not in SEQUENCE_RATIO]
+LOSSES = reference.LOSS_TYPES
 NAN = math.nan
 
 
@@ -49,16 +49,27 @@ class Case:
         self.given["rollout_logp"] = near(0.7) if rollout else None
         self.entropy, self.self_certainty = torch.rand(n, generator=g) * 3, torch.rand(n, generator=g) * 5
 
-    def packed(self, options: LossOptions, backend: str, denominator=None) -> PackedRows:
-        if isinstance(denominator, torch.Tensor):
-            denominator = denominator.float()
+    def packed(self, options: LossOptions, backend: str, denominator=None, token_denominator=None) -> PackedRows:
+        divisors = {"denominator": denominator, "token_denominator": token_denominator}
+        divisors = {name: value.float() if isinstance(value, torch.Tensor) else value for name, value in divisors.items()}
         given = {"advantages": self.advantages, "mask": self.mask, "cu_seqlens": self.cu_seqlens, **self.given}
-        return PackedRows.of(options, backend, self.n, denominator=denominator, **given)
+        return PackedRows.of(options, backend, self.n, **divisors, **given)
 
-    def plain(self, options: LossOptions, denominator=None) -> reference.LossRows:
+    def plain(self, options: LossOptions, denominator=None, token_denominator=None) -> reference.LossRows:
         mask = torch.ones(self.n, dtype=torch.bool) if self.mask is None else self.mask
         given = {"advantages": self.advantages, "mask": mask, "cu_seqlens": self.cu_seqlens, **self.given}
-        return reference.loss_rows(options, dtype=torch.float64, denominator=denominator, **given)
+        divisors = {"denominator": denominator, "token_denominator": token_denominator}
+        return reference.loss_rows(options, dtype=torch.float64, **divisors, **given)
+
+    def lines(self, options: LossOptions, rows: reference.LossRows) -> list:
+        """What the lines hold before any log-prob, in their order; None: nothing that is looked at."""
+        advantages, weight = rows.advantages, rows.weight
+        if options.loss_type in SEQUENCE_RATIO:  # a term a sequence is, to the kernels, one a token
+            share = rows.lengths.reciprocal().masked_fill(rows.lengths == 0, 0)
+            if len(self.advantages) == self.n:
+                advantages = (rows.sequence_sum(torch.where(rows.mask, advantages.double(), 0)) * share)[rows.sequence]
+            weight = rows.sequence_weight.expand(self.n) * (1 if options.loss_type == "luspo" else share[rows.sequence])
+        return [advantages, weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rows.rollout_logp]
 
     def values(self, dtype=torch.float32) -> TokenStats:
         return TokenStats(
@@ -70,11 +81,10 @@ class Case:
         vectors = (self.logp, rows.advantages, rows.old_logp, rows.ref_logp, rows.rollout_logp)
         return torch.stack([v.isnan() for v in vectors if v is not None]).any(0) & rows.live
 
-    def check(self, options: LossOptions, backend: str, denominator=None) -> None:
+    def check(self, options: LossOptions, backend: str, *divisors) -> None:
         """Rows, loss, every metric and every gradient."""
-        packed, rows = self.packed(options, backend, denominator), self.plain(options, denominator)
-        expected = [rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rows.rollout_logp]
-        for line, value in zip(packed.lines, expected, strict=True):
+        packed, rows = self.packed(options, backend, *divisors), self.plain(options, *divisors)
+        for line, value in zip(packed.lines, self.lines(options, rows), strict=False):
             if value is not None:
                 close(line, value)
         assert torch.equal(packed.live, rows.live)
@@ -105,10 +115,10 @@ def close(got, wanted, name="") -> None:
     torch.testing.assert_close(got.double(), wanted.double(), rtol=3e-6, atol=bound, equal_nan=True, msg=lambda m: f"{name}: {m}")
 
 
-def some(combinations, start: int) -> list:
-    """All of them; of the interpreter, which takes half a second for each, every third."""
+def some(combinations, start: int, step: int = 3) -> list:
+    """All of them; of the interpreter, which takes half a second for each, every `step`-th."""
     combinations = list(combinations)
-    return combinations[start % 3 :: 3] if INTERPRETED else combinations
+    return combinations[start % step :: step] if INTERPRETED else combinations
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -129,6 +139,40 @@ def test_how_rows_are_weighed(backend, kind, per_sequence):
     denominators = (None, 5.0, 0.0, torch.tensor(3.0), torch.tensor(0.0))
     for masked, denominator in some(itertools.product((False, True), denominators), LOSSES.index(kind) + per_sequence):
         Case(31, masked=masked, per_sequence=per_sequence).check(options, backend, denominator)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_rows_that_a_sequence_joins(backend, kind):
+    """Weights of whole sequences, and the divisor of the regularisers where a sequence has one term."""
+    choices = itertools.product((False, True), CORRECTIONS, ("token", "sequence"), (False, True), (None, 9.0, torch.tensor(4.0)))
+    for old, correction, level, per_sequence, divisor in some(choices, LOSSES.index(kind), 7):
+        capped = {"delta": 1.05} if kind in ("gspo", "luspo", "gmpo") and old and correction else {}
+        regularised = {"beta": 0.2, "entropy_coef": 0.1} if divisor is not None else {}
+        options = LossOptions(
+            kind,
+            rollout_correction=correction,
+            rollout_level=level,
+            rollout_cap=1.4,
+            rollout_floor=0.2,
+            max_length=7,
+            **capped,
+            **regularised,
+        )
+        Case(60, old=old, per_sequence=per_sequence, masked=level == "sequence" or old).check(options, backend, None, divisor)
+
+
+@pytest.mark.parametrize("kind", SEQUENCE_RATIO)
+def test_thresholds_of_a_ratio_of_sequences(backend, kind):
+    """On all sides of them, for advantages of both signs and of 0, by sequences of one token and of several; and where eps_low is 1."""
+    lengths = [1, 1, 1, 1, 4, 4, 4, 4, 3, 3]
+    shift = [0.5, 0.5, -0.5, -0.5, 0.4, 0.4, -0.4, -0.4, 0.0, 90.0]
+    case = Case(sum(lengths), per_sequence=True, masked=False)
+    case.cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+    case.advantages = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, -1, 0, 1])
+    spread = 0.2 * torch.randn(case.n, generator=torch.Generator().manual_seed(7))
+    case.given["old_logp"] = case.logp - torch.tensor(shift).repeat_interleave(torch.tensor(lengths)) + spread
+    for delta, eps_low in itertools.product((None, 1.35), (0.2, 1.0)):
+        case.check(LossOptions(kind, delta=delta, eps_low=eps_low), backend)
 
 
 @pytest.mark.parametrize("kind", ["reinforce", "dapo", "bnpo", "cispo"])
@@ -202,10 +246,27 @@ def test_a_nan_is_seen(backend, spoilt):
     assert case.packed(options, backend).evaluate(case.values(), options, differentiate=False)[0].isnan()
 
 
-def test_runs_and_parts_agree(backend, block):
-    """The same bits again, and the objectives of two halves add up to that of the whole."""
+@pytest.mark.parametrize("kind", SEQUENCE_RATIO)
+@pytest.mark.parametrize("spoilt", ["logp", "old_logp", "advantages"])
+def test_a_nan_spoils_its_own_sequence(backend, spoilt, kind):
+    options, case, clean = LossOptions(kind), Case(30, masked=False), Case(30, masked=False)
+    {"logp": case.logp, "advantages": case.advantages, **case.given}[spoilt][12] = NAN
+    loss, metrics, got = case.packed(options, backend).evaluate(case.values(), options, differentiate=True)
+    want = clean.packed(options, backend).evaluate(clean.values(), options, differentiate=True)[2]
+    own = slice(10, 15)
+    assert loss.isnan()
+    assert metrics["policy_loss"].isnan()
+    assert got[Stat.LOGP, own].isnan().all()
+    assert torch.equal(got[Stat.LOGP, :10], want[Stat.LOGP, :10])
+    assert torch.equal(got[Stat.LOGP, 15:], want[Stat.LOGP, 15:])
+
+
+@pytest.mark.parametrize("kind", ["dapo", "gspo"])
+def test_runs_and_parts_agree(backend, block, kind):
+    """The same bits again, and the objectives of two parts add up to that of the whole."""
     n = 150 if INTERPRETED else 5000
-    options, case, cut = LossOptions("dapo", beta=0.1), Case(n), n // 2 + 7
+    options, case = LossOptions(kind, beta=0.1), Case(n)
+    cut = n // 2 + 7 if kind == "dapo" else n // 2  # joined rows are parted at the end of a sequence
     packed, values = case.packed(options, backend), case.values()
     first, again = (rows.evaluate(values, options, differentiate=False) for rows in (packed, case.packed(options, backend)))
     assert torch.equal(first[0], again[0])
@@ -215,14 +276,24 @@ def test_runs_and_parts_agree(backend, block):
         some = TokenStats(*(None if v is None else v[rows].contiguous() for v in values))
         parts.append(packed.select(rows).evaluate(some, options, differentiate=False)[0])
     close(sum(parts), first[0].double())
-    chosen = torch.arange(0, n, 3)
+    chosen = torch.arange(0, n, 3) if kind == "dapo" else torch.cat([torch.arange(n // 3), torch.arange(n // 2, n)])
     assert torch.equal(packed.select(chosen).lines, packed.lines[:, chosen])
+    if kind == "gspo":
+        values = TokenStats(*(None if v is None else v[chosen].contiguous() for v in values))
+        close(packed.select(chosen).evaluate(values, options, differentiate=False)[0], parts[1].double() + left_out(case, options, backend))
+
+
+def left_out(case: Case, options: LossOptions, backend: str) -> torch.Tensor:
+    """The objective of the first third, which is a sequence."""
+    rows = slice(0, case.n // 3)
+    some = TokenStats(*(None if v is None else v[rows].contiguous() for v in case.values()))
+    return case.packed(options, backend).select(rows).evaluate(some, options, differentiate=False)[0]
 
 
 BROKEN = {"begins late": [2, 9, 15, 31], "ends early": [0, 9, 15, 20], "falls": [0, 15, 9, 31], "leaves the rows": [0, 9, 1 << 40, 31]}
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dapo"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "gspo"])
 @pytest.mark.parametrize("name", BROKEN)
 def test_cu_seqlens_that_do_not_rise_from_0_to_the_rows(backend, name, kind):
     """Where nobody can look at them everything is NaN, and nothing beyond the rows is touched; kernels on the host raise."""

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from urlvr_fast import group_advantages, linear_policy_loss, linear_token_stats, policy_loss, policy_loss_from_logits, token_stats
 from urlvr_fast.ops import row_ops  # noqa: F401  (registers the ops)
-from urlvr_fast.ops.layout import HAS_OLD, HAS_REF, HAS_ROLLOUT, LOSS_LINES, METRICS, Stat
+from urlvr_fast.ops.layout import HAS_CORRECTION, HAS_OLD, HAS_RATIO, HAS_REF, HAS_ROLLOUT, LOSS_LINES, METRICS, Stat
 from urlvr_fast.ops.reference import LOSS_TYPES
 from urlvr_fast.ops.spec import RowSpec
 
@@ -71,12 +71,21 @@ def test_opcheck_loss_rows_and_objective(backend, given):
 
     mask, cu_seqlens = (torch.tensor([True, False, True]), torch.tensor([0, 2, 3])) if given else (None, None)
     denominator = torch.tensor(2.0, dtype=DTYPE) if given else None
-    call = (torch.randn(N, dtype=DTYPE), mask, cu_seqlens, vector(), vector(), vector(), denominator, N, 1.0, 2, backend)
+    call = (torch.randn(N, dtype=DTYPE), mask, cu_seqlens, vector(), vector(), vector(), denominator, 1.0, denominator, 1.0, 2, N, backend)
     torch.library.opcheck(ops.loss_rows.default, call)
     values = (-torch.rand(N, dtype=DTYPE), vector(), vector())
     present = HAS_OLD | HAS_REF | HAS_ROLLOUT if given else 0
     kinds = (present, 1, 3 * given, 0, NUMBERS)
     torch.library.opcheck(ops.policy_objective.default, (*values, *ops.loss_rows(*call), *kinds, given, METRICS, backend))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("given", [False, True])
+def test_opcheck_join_rows(backend, given):
+    values = (torch.rand(N, dtype=DTYPE), torch.tensor([True, False, True])) if given else (None, None)
+    present = (HAS_RATIO if given else 0) | HAS_CORRECTION | HAS_OLD | HAS_ROLLOUT
+    call = (torch.rand(LOSS_LINES, N, dtype=DTYPE), values[0], torch.tensor([0, 2, 3]), values[1], present, 1, 1, given, NUMBERS, backend)
+    torch.library.opcheck(ops.join_rows_.default, call)
 
 
 @pytest.mark.parametrize("backend", [*FUSED, "torch"])

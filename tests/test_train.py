@@ -452,8 +452,8 @@ def test_statistics_of_other_tokens_stop_the_run(tmp_path, monkeypatch):
         ("float32", 9e-4, 2e-3, {}, True),
         ("float32", 0.5, 0.9, {"logp_gap_limit": 1.0}, False),  # who allows it for a token allows it for all of them
         ("bfloat16", 0.01, 4.0, {}, False),
-        ("bfloat16", 0.2, 1.0, {}, True),
-        ("bfloat16", 0.2, 1.0, {"logp_gap_mean_limit": 0.3}, False),
+        ("bfloat16", 0.3, 1.0, {}, True),
+        ("bfloat16", 0.3, 1.0, {"logp_gap_mean_limit": 0.4}, False),
         ("bfloat16", 0.01, 6.0, {}, True),
         ("bfloat16", math.nan, 1.0, {}, True),
     ],

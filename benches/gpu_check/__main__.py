@@ -76,7 +76,7 @@ def _tests(check: Check, seconds: float) -> list[str]:
     files = [f"tests/{name}.py" for name in TESTS]
     parallel = ["-n", str(max(2, min(12, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
     # One that hangs is named, and the process that it hangs in is given up.
-    limited = ["--timeout", "60", "--timeout-method", "thread"] if importlib.util.find_spec("pytest_timeout") else []
+    limited = ["--timeout", "120", "--timeout-method", "thread"] if importlib.util.find_spec("pytest_timeout") else []
     options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     return _module("pytest", *options, *limited, *parallel, *files, *check.pytest)
 
@@ -131,6 +131,8 @@ STAGES = (
     Stage("trainer", 75, _trainer),
     Stage("counters", 35, _counters),
 )
+# What xdist says of a test whose worker is gone: over the limit of a test, or by a fault that says nothing of a result.
+ENDED = re.compile(r"worker '\w+' crashed")
 # Where csrc does not compile: Triton's kernels are there through an installation too.
 WITHOUT_CSRC = Stage("build without csrc", 0, _build, variables=lambda check: {"URLVR_FAST_BUILD": "0"})
 
@@ -197,8 +199,11 @@ def collect(stage: Stage, check: Check, record: dict) -> dict:
     log = check.out / "tests.jsonl"
     if stage.name == "tests" and log.exists():
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+        ended = [line for line in lines if ENDED.search(line.get("said", ""))]
+        lines = [line for line in lines if line not in ended]
         counts = {outcome: sum(line["outcome"] == outcome for line in lines) for outcome in ("passed", "failed", "skipped")}
-        record["result"] = counts | {"failures": shortened([line for line in lines if line["outcome"] == "failed"])}
+        failures = shortened([line for line in lines if line["outcome"] == "failed"])
+        record["result"] = counts | {"failures": failures, "ended": [line["test"] for line in ended]}
         log.unlink()
     return record
 
@@ -281,12 +286,14 @@ def verdict(result: dict, chosen: Sequence[Stage], folder: Path) -> dict:
     wrong, unchecked = summary.wrong_numbers(result, folder), []
     for stage in chosen:
         record = result["stages"].get(stage.name, {"absent": "an earlier stage failed"})
-        failures = record.get("result", {}).get("failures") if stage.name == "tests" else None
-        if failures:
+        tests = record.get("result", {}) if stage.name == "tests" else {}
+        if ended := tests.get("ended"):
+            unchecked.append(f"tests: the process of {len(ended)} ended, or its time did, the first {ended[0]}")
+        if failures := tests.get("failures"):
             wrong.append(f"tests: {len(failures)} failed, the first {failures[0]['test']}")
         elif record.get("status") == FOUND_WRONG:
             wrong.append(f"{stage.name}: failed; its tail says how")
-        elif record.get("status") != 0:
+        elif record.get("status") != 0 and not ended:
             unchecked.append(f"{stage.name}: {record.get('absent') or ('killed' if record.get('killed') else 'did not run to its end')}")
     return {"all": "wrong" if wrong else "unchecked" if unchecked else "right", "wrong": wrong, "unchecked": unchecked}
 

@@ -37,7 +37,13 @@ from urlvr_fast.ops.layout import METRICS as LOSS_METRICS
 from urlvr_fast.ops.spec import RowSpec
 
 FORWARD, BACKWARD, POLICY = "token_stats forward", "its backward, in place", "policy loss, forward + backward in place"
-AROUND = ("lengths_kernel", "loss_rows_kernel", "objective_kernel", "metrics_kernel")  # vectors of N numbers before and after the logits
+AROUND = (
+    "lengths_kernel",
+    "loss_rows_kernel",
+    "join_kernel",
+    "objective_kernel",
+    "metrics_kernel",
+)  # vectors of N numbers before and after the logits
 # The bytes of the logits that a row must read and write, and the kernels that it may consist of: no other row has them.
 ROWS = {
     FORWARD: (1, 0, ("statistics_kernel", "segments_kernel", "merge_kernel")),
@@ -94,7 +100,7 @@ def calls(backend: str, rows: Rows) -> dict[str, Callable[[], None]]:
 
     def policy_loss() -> None:
         kinds, of_policy = (0, LOSS_KINDS["dapo"], 0, 0, numbers), torch.empty_like(stats)
-        package.loss_rows(advantages, None, None, None, None, None, None, 1.0, int(Weighing.COUNTED), loss, live, counts)
+        package.loss_rows(advantages, None, None, None, None, None, None, 1.0, None, 1.0, int(Weighing.COUNTED), loss, live, counts)
         package.policy(memory, None, *policy.arguments(v), policy.flags, loss, *kinds, of_policy, memory, row_scale)
         package.objective(of_policy[Stat.LOGP], of_policy[Stat.ENTROPY], None, loss, live, counts, *kinds, metrics, None)
         package.scale(memory, one, row_scale)

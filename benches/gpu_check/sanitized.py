@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +51,9 @@ from urlvr_fast.ops.backend import available_backends, kernels
 from urlvr_fast.ops.layout import (
     ENTROPY_ON_KEEP,
     GRADS,
+    HAS_CORRECTION,
     HAS_OLD,
+    HAS_RATIO,
     HAS_REF,
     HAS_ROLLOUT,
     LOSS_LINES,
@@ -93,6 +95,10 @@ LOSSES = [
     reference.LossOptions(name, beta=0.1, entropy_coef=0.02, self_certainty_coef=0.01, rollout_correction="truncate")
     for name in ("reinforce", "dapo", "cispo", "sapo")
 ]
+
+
+GSPO = reference.LossOptions("gspo", rollout_correction="truncate")
+ONE_TERM = Weighing.BY_SEQUENCES | Weighing.SEQUENCE_MEAN | Weighing.JOINED | Weighing.ONE_TERM
 
 
 @dataclass(frozen=True)
@@ -216,13 +222,23 @@ def call_loss(package: Any, on: dict[str, Any], new: Callable[..., Tensor]) -> d
     present = sum(bit for bit, value in optional.items() if value is not None)
     packed = {"lines": new(LOSS_LINES, m), "live": new(m, dtype=torch.bool), "counts": new(2)}
     of_rows = (on["advantages"], on["loss_mask"], on["cu_seqlens"], *optional.values(), on["denominator"])
-    package.loss_rows(*of_rows, 1.0, int(on["weighing"]), *packed.values())
+    package.loss_rows(*of_rows, 1.0, None, 1.0, int(on["weighing"]), *packed.values())
     out = {**packed, "metrics": new(METRICS), "row_gradients": new(GRADS, m)}
     arguments = (on["logp"], on["entropy"], on["self_certainty"], *packed.values(), *kernel_kinds(on["options"], present))
     package.objective(*arguments, out["metrics"], out["row_gradients"])
     out["metrics_alone"] = new(METRICS)
     package.objective(*arguments, out["metrics_alone"], None)
-    return out
+    if on["old_logp"] is None or on["cu_seqlens"] is None:
+        return out
+    joined = {"joined": new(LOSS_LINES, m), "joined_live": new(m, dtype=torch.bool), "joined_counts": new(2)}
+    package.loss_rows(*of_rows, 1.0, on["denominator"], 1.0, int(on["weighing"] | ONE_TERM), *joined.values())
+    kinds = kernel_kinds(GSPO, present | HAS_RATIO | HAS_CORRECTION)
+    for which, product in ((joined["joined_live"], False), (None, True)):
+        lines = new(LOSS_LINES, m)
+        lines.copy_(joined["joined"])
+        package.join(on["logp"], on["cu_seqlens"], which, kinds[0], kinds[1], kinds[3], product, kinds[4], lines)
+        out["of_products" if product else "of_means"] = lines[LossLine.RATIO :]
+    return out | joined
 
 
 def memory_of(tensor: Tensor) -> Tensor:
@@ -268,7 +284,7 @@ class Exact(SimpleNamespace):
     def _differentiate(self, statistics: Sequence[Tensor], loss: Tensor, live: Tensor, present: int, upstream: Tensor) -> dict[str, Tensor]:
         """The loss and its metrics; its gradients by the statistics are written to `upstream`."""
         leaves = [value.clone().requires_grad_() for value in statistics]
-        advantages, weight, regulariser, old, ref, rollout = loss
+        advantages, weight, regulariser, old, ref, rollout, _, _ = loss
         of = reference.LossRows(advantages, live, live, weight, regulariser, rollout_logp=rollout)
         if present & HAS_OLD:
             of.old_logp, of.log_rollout_weight = old, old - rollout
@@ -279,21 +295,39 @@ class Exact(SimpleNamespace):
         return {"loss": value.detach(), **metrics}
 
     def loss_rows(self, *arguments: Any) -> None:
-        advantages, mask, cu_seqlens, old, ref, rollout, denominator, _, _, lines, live, counts = arguments
-        m = len(live)
+        advantages, mask, cu_seqlens, old, ref, rollout, denominator, _, token_denominator, _, weighing, lines, live, counts = arguments
+        m, one_term = len(live), weighing & Weighing.ONE_TERM
         of = reference.loss_rows(
-            self.options,
+            replace(self.options, loss_type="gspo") if one_term else self.options,
             advantages=advantages,
             mask=torch.ones(m, dtype=torch.bool) if mask is None else mask,
             dtype=torch.float64,
             cu_seqlens=torch.tensor([0, m]) if cu_seqlens is None else cu_seqlens,
             denominator=denominator,
+            token_denominator=token_denominator if token_denominator is not None else 1.0,
         )
         assert of.lengths is not None
-        packed = (of.advantages, of.weight, of.regulariser_weight, old, ref, rollout)
+        if one_term:
+            share = of.lengths.reciprocal().masked_fill(of.lengths == 0, 0)[of.sequence]
+            of.weight = share * of.sequence_weight
+            if not weighing & Weighing.PER_SEQUENCE:
+                of.advantages = of.sequence_sum(torch.where(of.mask, of.advantages, 0))[of.sequence] * share
+        packed = (of.advantages, of.weight, of.regulariser_weight, old, ref, rollout, None, None)
         lines.copy_(torch.stack([torch.zeros(m, dtype=torch.float64) if line is None else line.expand(m) for line in packed]))
         live.copy_(of.live)
         counts.copy_(torch.stack([of.lengths.sum(), (of.lengths > 0).sum()]))
+
+    def join(self, logp: Tensor, cu_seqlens: Tensor, which: Tensor | None, *arguments: Any) -> None:
+        *_, product, _, lines = arguments
+        cuts, old, rollout = cu_seqlens.tolist(), lines[LossLine.OLD], lines[LossLine.ROLLOUT]
+        for rows in itertools.starmap(slice, itertools.pairwise(cuts)):
+            chosen = torch.ones(rows.stop - rows.start, dtype=torch.bool) if which is None else which[rows]
+            if not chosen.any():
+                continue
+            log_weight = (old - rollout)[rows][chosen]
+            weight = log_weight.sum().exp() if product else log_weight.exp()
+            lines[LossLine.RATIO, rows] = (logp - old)[rows][chosen].mean()
+            lines[LossLine.CORRECTION, rows] = weight.clamp(max=GSPO.rollout_cap).mean()
 
     def objective(self, *arguments: Any) -> None:
         *statistics, lines, live, counts, present, _, _, _, _, metrics, upstream = arguments
@@ -354,6 +388,9 @@ def differences(case: Case, got: dict[str, Tensor]) -> list[str]:
                 found.append(f"{name}: what lies between the rows was written to")
     allowed_of = {"lines": (1e-6, 0.0), "live": (0.0, 0.0), "counts": (0.0, 0.0), "row_gradients": (2e-5, 1e-7)}
     allowed_of |= dict.fromkeys(("metrics", "metrics_alone"), (1e-5, 1e-5))
+    if "joined" in got:
+        allowed_of |= {"joined": (1e-6, 1e-6), "joined_live": (0.0, 0.0), "joined_counts": (0.0, 0.0)}
+        allowed_of |= {"of_means": (1e-5, 1e-5), "of_products": (2e-4, 1e-5)}  # e to the sum of hundreds of numbers
     for name, (relative, absolute) in allowed_of.items():
         ours, theirs = got[name].double(), want[name].double()
         wrong = ~((ours - theirs).abs() <= relative * theirs.abs() + absolute)

@@ -1,4 +1,4 @@
-// A policy loss with one term a token, as the ops of the CPU are given it.
+// A policy loss, as the ops of the CPU are given it.
 #pragma once
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// A policy loss with one term a token, its gradient by the logits made while the row is in the cache: one read and one write of memory.
+// A policy loss whose rows are not joined, its gradient by the logits made while the row is in the cache: one read and one write of memory.
 #include "ops.h"
 #include "policy_loss.h"
 #include "rows.h"

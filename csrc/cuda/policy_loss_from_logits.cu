@@ -1,4 +1,4 @@
-// A policy loss with one term a token and its gradient by the logits, on tensors. The kernels are in the header of the same name.
+// A policy loss whose rows are not joined and its gradient by the logits, on tensors. The kernels are in the header of the same name.
 #include "policy_loss_from_logits.cuh"
 
 #include "tensors.h"

@@ -1,4 +1,4 @@
-// A policy loss with one term a token: statistics of a row, its coefficient, and the gradient while the row is still at hand.
+// A policy loss whose rows are not joined: statistics of a row, its coefficient, and the gradient while the row is still at hand.
 //
 // Three ways, with the same bits: a cluster of blocks keeps the row in its shared memory (sm_90: one read, one write); a block goes over
 // the row twice, the second time from its end, where L2 still has it; and, for few rows without clusters or very long ones, the kernels of

@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(urlvr_fast, m) {
         ", Tensor loss, int present, int loss_kind, int kl_kind, int correction, float[] numbers, Tensor(a!) stats, Tensor(b!) out, "
         "Tensor(c!)? row_scale) -> ()");
   m.def("cuda_loss_rows(" LOSS_ROWS_SCHEMA ") -> ()");
+  m.def("cuda_join(" JOIN_SCHEMA ") -> ()");
   m.def("cuda_objective(" OBJECTIVE_SCHEMA ") -> ()");
   m.def("cuda_scale(Tensor(a!) gradient, Tensor factor, Tensor? row_scale) -> ()");
 }
@@ -20,6 +21,7 @@ STABLE_TORCH_LIBRARY_IMPL(urlvr_fast, CUDA, m) {
   m.impl("cuda_gradient", TORCH_BOX(&urlvr::cuda::gradient));
   m.impl("cuda_policy", TORCH_BOX(&urlvr::cuda::policy));
   m.impl("cuda_loss_rows", TORCH_BOX(&urlvr::cuda::loss_rows));
+  m.impl("cuda_join", TORCH_BOX(&urlvr::cuda::join));
   m.impl("cuda_objective", TORCH_BOX(&urlvr::cuda::objective));
   m.impl("cuda_scale", TORCH_BOX(&urlvr::cuda::scale));
 }

@@ -66,7 +66,7 @@ class Kernels:
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
-        for name in ("statistics", "gradient", "loss_rows", "policy", "objective", "scale"):
+        for name in ("statistics", "gradient", "loss_rows", "policy", "join", "objective", "scale"):
             getattr(self.library, f"cuda_{name}").restype = ctypes.c_char_p
         self.settings = machine()
 
@@ -106,11 +106,15 @@ class Kernels:
         self.call("policy", rows, flags, ctypes.c_void_p(loss.data_ptr()), *integers, values, *tensors, ctypes.byref(way))
         return stats, way.value
 
-    def loss_rows(self, advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, number, weighing, *out):
+    def loss_rows(self, advantages, mask, cu_seqlens, *given):
+        *rest, weighing, lines, live, counts = given
         sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
-        assert len(advantages) == (sequences if weighing & Weighing.PER_SEQUENCE else len(out[1]))
-        given = (advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, float(number), int(weighing))
-        self.call_plain("loss_rows", len(out[1]), sequences, *given, *out)
+        assert len(advantages) == (sequences if weighing & Weighing.PER_SEQUENCE else len(live))
+        self.call_plain("loss_rows", len(live), sequences, advantages, mask, cu_seqlens, *rest, int(weighing), lines, live, counts)
+
+    def join(self, logp, cu_seqlens, which, present, kind, correction, product, numbers, lines):
+        given = (logp, cu_seqlens, which, present, kind, correction, int(product), numbers, lines)
+        self.call_plain("join", lines.shape[1], len(cu_seqlens) - 1, *given)
 
     def objective(self, logp, *arguments):
         self.call_plain("objective", len(logp), logp, *arguments)

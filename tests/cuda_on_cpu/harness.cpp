@@ -130,8 +130,8 @@ extern "C" const char* cuda_policy(const Arguments* arguments, const Settings* s
 
 extern "C" const char* cuda_loss_rows(const Settings* settings, int64_t count, int64_t sequences, const float* advantages, const bool* mask,
                                       const int64_t* cu_seqlens, const float* old_logp, const float* ref_logp, const float* rollout_logp,
-                                      const float* denominator, double number, int64_t weighing, float* lines, bool* live,
-                                      float* counts) {
+                                      const float* denominator, double number, const float* token_denominator, double token_number,
+                                      int64_t weighing, float* lines, bool* live, float* counts) {
   return guarded([&] {
     device_of(*settings);
     RowsOfLoss rows = {};
@@ -139,8 +139,20 @@ extern "C" const char* cuda_loss_rows(const Settings* settings, int64_t count, i
     rows.mask = mask, rows.cu_seqlens = cu_seqlens, rows.advantages = advantages;
     rows.old_logp = old_logp, rows.ref_logp = ref_logp, rows.rollout_logp = rollout_logp;
     rows.denominator = denominator, rows.number = float(number), rows.weighing = weighing;
-    std::vector<float> lengths = scratch_of(rows.parts() * sizeof(int));
-    launch_loss_rows("loss_rows", rows, reinterpret_cast<int*>(lengths.data()), lines, live, counts, nullptr);
+    rows.token_denominator = token_denominator, rows.token_number = float(token_number);
+    std::vector<float> scratch = scratch_of(rows.scratch_bytes());
+    launch_loss_rows("loss_rows", rows, scratch.data(), lines, live, counts, nullptr);
+  });
+}
+
+extern "C" const char* cuda_join(const Settings* settings, int64_t count, int64_t sequences, const float* logp, const int64_t* cu_seqlens,
+                                 const bool* which, int64_t present, int64_t kind, int64_t correction, int64_t product,
+                                 const double* numbers, float* lines) {
+  return guarded([&] {
+    device_of(*settings);
+    const RowsToJoin rows = {int(count), logp, cu_seqlens, int(sequences), which, product != 0};
+    const Loss loss = {lines, present, int(kind), NO_KL, int(correction), numbers_of(numbers), nullptr};
+    launch_join("join", rows, loss, lines, nullptr);
   });
 }
 

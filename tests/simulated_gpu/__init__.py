@@ -179,11 +179,11 @@ def _add_kernels(device: ctypes.CDLL) -> None:
     library.define(f"cuda_policy({rows}, {loss}, Tensor(a!) stats, Tensor(b!) out, Tensor(c!)? row_scale) -> ()")
     library.define("cuda_scale(Tensor(a!) gradient, Tensor factor, Tensor? row_scale) -> ()")
     schemas = (HERE.parents[1] / "csrc" / "schema.h").read_text()
-    for name in ("loss_rows", "objective"):
+    for name in ("loss_rows", "join", "objective"):
         macro = schemas.partition(f"#define {name.upper()}_SCHEMA")[2].partition("#define")[0]
         arguments = "".join(re.findall(r'"([^"]*)"', macro))
         library.define(f"cuda_{name}({arguments}) -> ()")
-    for function in (statistics, gradient, kernels.loss_rows, policy, kernels.objective, scale):
+    for function in (statistics, gradient, kernels.loss_rows, policy, kernels.join, kernels.objective, scale):
         library.impl(f"cuda_{function.__name__}", unnoticed(function), "CUDA")
     _kept.append(library)
     Launch.run = unnoticed(Launch.run)

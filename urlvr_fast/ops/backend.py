@@ -125,7 +125,7 @@ def kernels(name: str) -> Any:
 
         return triton
     ops = torch.ops.urlvr_fast
-    compiled = {f: getattr(ops, f"{name}_{f}").default for f in ("statistics", "gradient", "loss_rows", "policy", "objective")}
+    compiled = {f: getattr(ops, f"{name}_{f}").default for f in ("statistics", "gradient", "loss_rows", "policy", "join", "objective")}
     if name == "cuda":
         return SimpleNamespace(**compiled, scale=ops.cuda_scale.default)
     return SimpleNamespace(**compiled, scale=rows.scale, advantages=ops.cpp_advantages.default)

@@ -10,12 +10,17 @@ A kernel package (C++, CUDA, Triton, PyTorch) is functions over rows, all writin
 with rows = (logits (A, B, V), bias (V,), ids (N,), mask (N,), temperatures (N,), crow (N + 1,), col (nnz,), temperature, softcap, scale,
 id_offset, total). N = A · B; the last stride of logits is 1, the others are free. Absent tensors are None; softcap 0.0 means none.
 
-All but PyTorch have two more, for losses with one term a token, before and after `policy`; everything is contiguous:
+All but PyTorch have three more for policy losses: before any log-prob, where the rows of a sequence are joined, and after; everything is
+contiguous:
 
-    loss_rows(advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, number, weighing, lines, live, counts)
+    loss_rows(advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, number, token_denominator, token_number,
+              weighing, lines, live, counts)
+    join(logp, cu_seqlens, which, present, kind, correction, product, numbers, lines)
     objective(logp, entropy, self_certainty, lines, live, counts, present, kind, kl, correction, numbers, metrics, upstream)
 
 with lines (LOSS_LINES, N), live (N,) bool, counts (2,): the tokens and the sequences that count, metrics (METRICS,), upstream (GRADS, N).
+`join` adds up `which` (N,) bool of a sequence's rows, None being all of them, and writes those of the lines RATIO and CORRECTION that
+`present` names into them. logp may be None where only CORRECTION is, with old_logp.
 C++ for the CPU and Triton have one over rollouts, contiguous too: advantages(rewards, group_ids, mask, scale, baseline, eps, out).
 """
 
@@ -57,12 +62,14 @@ class LossLine(IntEnum):
     REGULARISER = 2
     OLD = 3
     REF = 4
-    ROLLOUT = 5  # log-prob of the sampler; with LOG_WEIGHT the log of the correction
+    ROLLOUT = 5
+    RATIO = 6  # mean log-ratio of the row's sequence
+    CORRECTION = 7  # rollout weight of the row's sequence
 
 
 LOSS_LINES = len(LossLine)
-HAS_OLD, HAS_REF, HAS_ROLLOUT, LOG_WEIGHT = 1, 2, 4, 8  # bits of `present`
-LOSS_KINDS = {"reinforce": 0, "grpo": 1, "dapo": 1, "bnpo": 1, "dr_grpo": 1, "cispo": 2, "sapo": 3}
+HAS_OLD, HAS_REF, HAS_ROLLOUT, HAS_RATIO, HAS_CORRECTION = 1, 2, 4, 8, 16  # bits of `present`
+LOSS_KINDS = {"reinforce": 0, "grpo": 1, "dapo": 1, "bnpo": 1, "dr_grpo": 1, "gspo": 1, "luspo": 1, "cispo": 2, "sapo": 3, "gmpo": 4}
 KL_KINDS = {None: 0, "k1": 1, "k2": 2, "k3": 3}
 CORRECTIONS = {None: 0, "truncate": 1, "mask": 2}
 
@@ -75,6 +82,9 @@ class Weighing(IntFlag):
     BY_SEQUENCES = 4
     SEQUENCE_MEAN = 8  # divided by the tokens of the row's sequence as well
     REGULARISED = 16  # a row with advantage 0 is not dead
+    JOINED = 32  # nor is one whose sequence has another advantage
+    ONE_TERM = 64  # a sequence's advantage is the mean over its tokens; regularisers are divided by `token_denominator` or `token_number`
+    TOKENS_COUNTED = 128  # or by the tokens that count
 
 
 class Metric(IntEnum):

@@ -1,8 +1,8 @@
 """linear_policy_loss: a policy loss from hidden states and the lm_head weight, with its gradients made in the forward.
 
 Each chunk of rows goes through once: product, statistics, coefficient, gradient of the logits, and the two products of the backward. That
-is three products. Where the rows of a sequence are joined (one ratio a sequence) chunks are cut at the ends of sequences; a sequence
-longer than a chunk has its log-probs taken first and its logits made again, a fourth product for that sequence.
+is three products. Where the rows of a sequence are joined (one ratio a sequence, which is not 1) chunks are cut at the ends of sequences;
+a sequence longer than a chunk has its log-probs taken first and its logits made again, a fourth product for that sequence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _live_index(loss: PreparedLoss, live: Tensor | None, advantages: Tensor, per
         index = live
     elif readable(rows.live):
         index = rows.live.nonzero()[:, 0]
-    elif readable(advantages) and per_token and not loss.options.regularised and not loss.joined:
+    elif readable(advantages) and per_token and not loss.options.regularised and not loss.lives_by_sequence:
         index = advantages.reshape(-1).nonzero()[:, 0].to(rows.live.device, non_blocking=True)
     else:
         return None

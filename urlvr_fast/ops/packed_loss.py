@@ -1,15 +1,15 @@
-"""Policy losses with one term a token, in kernels: a row's weight and liveness before its log-prob is known, loss and metrics afterwards.
+"""The rows of policy losses in kernels: weights and liveness before their log-probs are known, what a sequence's add up to where a loss
+joins them, and loss and metrics afterwards.
 
-In PyTorch (`reference.py`) these are some sixty operations on vectors of N numbers: nothing beside a large vocabulary on a CPU, but on a
-GPU each of them is a launch, and together they take longer than the pass over the logits of a small batch. Losses that join the rows of a
-sequence stay there.
+In PyTorch (`reference.py`) these are 60 to 130 operations on vectors of N numbers: nothing beside a large vocabulary on a CPU, but on a
+GPU each of them is a launch, and together they take longer than the pass over the logits of a small batch.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from urlvr_fast.ops.backend import kernels
 from urlvr_fast.ops.layout import (
     CORRECTIONS,
     GRADS,
+    HAS_CORRECTION,
     HAS_OLD,
+    HAS_RATIO,
     HAS_REF,
     HAS_ROLLOUT,
     KL_KINDS,
@@ -29,7 +31,7 @@ from urlvr_fast.ops.layout import (
     Metric,
     Weighing,
 )
-from urlvr_fast.ops.reference import SEQUENCE_MEAN, LossOptions, TokenStats
+from urlvr_fast.ops.reference import SEQUENCE_MEAN, SEQUENCE_RATIO, LossOptions, TokenStats
 from urlvr_fast.ops.registered import define
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------------------------
@@ -39,11 +41,16 @@ def _new_rows(advantages: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return advantages.new_empty(LOSS_LINES, rows), advantages.new_empty(rows, dtype=torch.bool), advantages.new_empty(2)
 
 
-def _loss_rows(advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator, rows, number, weighing, backend):
+def _loss_rows(advantages: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, rows, backend = arguments
     out = _new_rows(advantages, rows)
-    given = (advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, denominator)
-    kernels(backend).loss_rows(*given, number, weighing, *out)
+    kernels(backend).loss_rows(advantages, *given, *out)
     return out
+
+
+def _join_rows_(lines: Tensor, *arguments: Any) -> None:
+    *given, backend = arguments
+    kernels(backend).join(*given, lines)
 
 
 def _new_results(logp: Tensor, differentiate: bool, metrics: int) -> tuple[Tensor, Tensor]:
@@ -62,9 +69,16 @@ def _objective(
 loss_rows = define(
     "loss_rows",
     "(Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? old_logp, Tensor? ref_logp, Tensor? rollout_logp, Tensor? denominator, "
-    "SymInt rows, float number, int weighing, str backend) -> (Tensor, Tensor, Tensor)",
+    "float number, Tensor? token_denominator, float token_number, int weighing, SymInt rows, str backend) -> (Tensor, Tensor, Tensor)",
     _loss_rows,
-    lambda advantages, *rest: _new_rows(advantages, rest[6]),
+    lambda advantages, *rest: _new_rows(advantages, rest[-2]),
+)
+join_rows_ = define(
+    "join_rows_",
+    "(Tensor(a!) lines, Tensor? logp, Tensor cu_seqlens, Tensor? which, int present, int kind, int correction, bool product, "
+    "float[] numbers, str backend) -> ()",
+    _join_rows_,
+    lambda *_: None,
 )
 # `metrics` is METRICS, always: torch keeps compiled graphs on disk by the ops' names and arguments, and must not find those of a version
 # that had other metrics.
@@ -93,10 +107,8 @@ def kernel_kinds(o: LossOptions, present: int) -> tuple[int, int, int, int, list
     return present, LOSS_KINDS[o.loss_type], kl, CORRECTIONS[o.rollout_correction], loss_numbers(o)
 
 
-def packs(options: LossOptions, backend: str, joined: bool) -> bool:
-    """Whether the kernels know this loss: one term a token, and no weight that is the product over a sequence."""
-    by_sequence = options.rollout_correction is not None and options.rollout_level == "sequence"
-    return backend != "torch" and not joined and not by_sequence
+def _divisor(given: float | Tensor | None) -> tuple[Tensor | None, float]:
+    return (given, 1.0) if isinstance(given, Tensor) else (None, 1.0 if given is None else float(given))
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,7 @@ class PackedRows:
     live: Tensor  # (N,) bool
     counts: Tensor  # (2,): the tokens and the sequences that count, in all of the call
     mask: Tensor | None  # (N,) bool; None: every row counts
+    cu_seqlens: Tensor | None  # (B + 1,) int64, where rows wait for the log-probs of their sequence
     present: int
     sequences: bool  # whether there are any
     backend: str
@@ -125,26 +138,47 @@ class PackedRows:
         ref_logp: Tensor | None,  # (N,)
         rollout_logp: Tensor | None,  # (N,)
         denominator: float | Tensor | None,
+        token_denominator: float | Tensor | None = None,
     ) -> PackedRows:
-        sequence_mean = options.loss_type in SEQUENCE_MEAN
-        weighing, number = Weighing(0), 1.0
-        if len(advantages) != rows:
-            weighing |= Weighing.PER_SEQUENCE
-        if denominator is None:
-            by_sequences = sequence_mean or options.loss_type == "dr_grpo"
-            weighing |= Weighing.COUNTED | (Weighing.BY_SEQUENCES if by_sequences else Weighing(0))
-            number = float(options.max_length or math.nan) if options.loss_type == "dr_grpo" else 1.0
-        elif not isinstance(denominator, Tensor):
-            number, denominator = float(denominator), None
-        if sequence_mean:
-            weighing |= Weighing.SEQUENCE_MEAN
-        if options.regularised:
-            weighing |= Weighing.REGULARISED
-        optional = (old_logp, ref_logp, rollout_logp)
-        present = sum(bit for bit, value in zip((HAS_OLD, HAS_REF, HAS_ROLLOUT), optional, strict=True) if value is not None)
-        call = (advantages, mask, cu_seqlens, *optional, denominator, rows, number, int(weighing), backend)
-        lines, live, counts = loss_rows(*call)
-        return PackedRows(lines, live, counts, mask, present, cu_seqlens is not None, backend)
+        kind, joined = options.loss_type, options.joins_rows(old_logp is not None)
+        divisor, number = _divisor(denominator)
+        if kind == "dr_grpo" and denominator is None:
+            number = float(options.max_length or math.nan)
+        weighing = {
+            Weighing.PER_SEQUENCE: len(advantages) != rows,
+            Weighing.COUNTED: denominator is None,
+            Weighing.BY_SEQUENCES: denominator is None and kind in (*SEQUENCE_MEAN, *SEQUENCE_RATIO, "dr_grpo"),
+            Weighing.SEQUENCE_MEAN: kind in (*SEQUENCE_MEAN, *SEQUENCE_RATIO) and kind != "luspo",  # whose term is L times gspo's
+            Weighing.REGULARISED: options.regularised,
+            Weighing.JOINED: joined,
+            Weighing.ONE_TERM: kind in SEQUENCE_RATIO,
+            Weighing.TOKENS_COUNTED: token_denominator is None,
+        }
+        present = {
+            HAS_OLD: old_logp is not None,
+            HAS_REF: ref_logp is not None,
+            HAS_ROLLOUT: rollout_logp is not None,
+            HAS_RATIO: kind in SEQUENCE_RATIO and old_logp is not None,  # otherwise every ratio is 1
+            HAS_CORRECTION: options.rollout_correction is not None and (options.rollout_level == "sequence" or kind in SEQUENCE_RATIO),
+        }
+        given = (advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, divisor, number, *_divisor(token_denominator))
+        lines, live, counts = loss_rows(*given, _bits(weighing), rows, backend)
+        out = PackedRows(lines, live, counts, mask, cu_seqlens, _bits(present), cu_seqlens is not None, backend)
+        if present[HAS_RATIO] or (present[HAS_CORRECTION] and joined):
+            return out
+        if present[HAS_CORRECTION]:  # by sequence, and known already
+            out._join(None, mask, options)
+        return replace(out, cu_seqlens=None)
+
+    @property
+    def joined(self) -> bool:
+        """Whether a row's gradient waits for the log-probs of other rows."""
+        return self.cu_seqlens is not None
+
+    def _join(self, logp: Tensor | None, which: Tensor | None, options: LossOptions) -> None:
+        present, kind, _, correction, numbers = kernel_kinds(options, self.present)
+        product = options.rollout_level == "sequence"
+        join_rows_(self.lines, logp, self.cu_seqlens, which, present, kind, correction, product, numbers, self.backend)
 
     @property
     def advantages(self) -> Tensor:
@@ -163,11 +197,16 @@ class PackedRows:
         return self.lines[LossLine.OLD] if self.present & HAS_OLD else None
 
     def select(self, rows: Tensor | slice) -> PackedRows:
-        """These rows alone."""
+        """These rows alone, whole sequences of them where rows are joined; indices rise."""
         if isinstance(rows, slice) and rows.start == 0 and rows.stop == len(self.live):
             return self
-        mask = None if self.mask is None else self.mask[rows]
-        return replace(self, lines=self.lines[:, rows].contiguous(), live=self.live[rows], mask=mask)
+        mask, cu_seqlens = None if self.mask is None else self.mask[rows], self.cu_seqlens
+        if cu_seqlens is not None:
+            if isinstance(rows, slice):
+                cu_seqlens = (cu_seqlens - rows.start).clamp(0, rows.stop - rows.start)
+            else:
+                cu_seqlens = torch.searchsorted(rows, cu_seqlens)
+        return replace(self, lines=self.lines[:, rows].contiguous(), live=self.live[rows], mask=mask, cu_seqlens=cu_seqlens)
 
     def divided(self, power: Tensor) -> PackedRows:
         """The rows of a loss that is smaller by `power`, 0-d."""
@@ -184,6 +223,8 @@ class PackedRows:
         statistics of every row, (GRADS, N) where it is wanted."""
         given = [None if value is None else value.contiguous() for value in (values.logp, values.entropy, values.self_certainty)]
         kinds = kernel_kinds(options, self.present)
+        if self.cu_seqlens is not None:
+            self._join(given[0], self.live, options)
         results, upstream = policy_objective(*given, self.lines, self.live, self.counts, *kinds, differentiate, METRICS, self.backend)
         there = {
             "loss": False,  # not a metric
@@ -198,6 +239,10 @@ class PackedRows:
         lines = results.unbind()
         metrics = {name: line for name, line in zip(_NAMES, lines, strict=True) if there.get(name, True)}
         return lines[0], metrics, upstream
+
+
+def _bits(which: dict[Any, bool]) -> int:
+    return sum(int(bit) for bit, there in which.items() if there)
 
 
 _NAMES = [metric.name.lower() for metric in Metric]

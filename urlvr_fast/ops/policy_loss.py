@@ -1,7 +1,6 @@
 """policy_loss: the table of policy-gradient losses on log-probabilities, and the arguments that all three loss ops share.
 
-With one term a token it runs in the kernels of `packed_loss.py`; what joins the rows of a sequence, and the torch backend, run
-`reference.py`.
+It runs in the kernels of `packed_loss.py`; the torch backend runs `reference.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from torch.autograd import Function
 from urlvr_fast.ops import checks
 from urlvr_fast.ops.autograd import first_order
 from urlvr_fast.ops.backend import choose_backend
-from urlvr_fast.ops.layout import HAS_OLD, HAS_REF, HAS_ROLLOUT, LOG_WEIGHT, Stat
-from urlvr_fast.ops.packed_loss import PackedRows, kernel_kinds, packs
+from urlvr_fast.ops.layout import Stat
+from urlvr_fast.ops.packed_loss import PackedRows, kernel_kinds
 from urlvr_fast.ops.reference import (
     SEQUENCE_MEAN,
     SEQUENCE_RATIO,
@@ -72,7 +71,12 @@ class PreparedLoss:
     @property
     def joined(self) -> bool:
         """Whether a row's gradient waits for the log-probs of other rows."""
-        return isinstance(self.rows, LossRows) and self.options.joins_rows(self.rows.old_logp is not None)
+        return self.rows.joined if isinstance(self.rows, PackedRows) else self.lives_by_sequence
+
+    @property
+    def lives_by_sequence(self) -> bool:
+        """Whether a row with advantage 0 may have a gradient, from another row of its sequence."""
+        return self.options.joins_rows(self.rows.old_logp is not None)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -145,7 +149,7 @@ def prepare_loss(
     advantages, mask = advantages.reshape(-1), None if mask is None else mask.reshape(-1)
     per_row = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
     flat = {name: None if value is None else value.reshape(-1) for name, value in per_row.items()}
-    if packs(options, backend, options.joins_rows(old_logp is not None)):
+    if backend != "torch":
         packed = PackedRows.of(
             options,
             backend,
@@ -154,6 +158,7 @@ def prepare_loss(
             mask=None if mask is None else mask.contiguous(),
             cu_seqlens=None if cu_seqlens is None else cu_seqlens.long().contiguous(),
             denominator=_dense(denominator, device, dtype) if isinstance(denominator, Tensor) else denominator,
+            token_denominator=_dense(token_denominator, device, dtype) if isinstance(token_denominator, Tensor) else token_denominator,
             **{name: None if value is None else _dense(value, device, dtype) for name, value in flat.items()},
         )
         return PreparedLoss(options, packed)
@@ -237,15 +242,8 @@ def in_one_kernel(loss: PreparedLoss, spec: RowSpec) -> bool:
 
 def loss_arguments(loss: PreparedLoss, scaled: bool = False) -> tuple:
     """What the op policy_gradient takes behind the backend."""
-    rows = loss.rows
-    if isinstance(rows, PackedRows):
-        return (rows.lines, *kernel_kinds(loss.options, rows.present), scaled)
-    rollout = rows.rollout_logp if rows.log_rollout_weight is None else rows.log_rollout_weight
-    optional = {HAS_OLD: rows.old_logp, HAS_REF: rows.ref_logp, HAS_ROLLOUT: rollout, LOG_WEIGHT: rows.log_rollout_weight}
-    present = sum(bit for bit, value in optional.items() if value is not None)
-    lines = (rows.advantages, rows.weight, rows.regulariser_weight, rows.old_logp, rows.ref_logp, rollout)
-    packed = torch.stack([torch.zeros_like(rows.advantages) if line is None else line for line in lines])
-    return (packed, *kernel_kinds(loss.options, present), scaled)
+    assert isinstance(loss.rows, PackedRows)
+    return (loss.rows.lines, *kernel_kinds(loss.options, loss.rows.present), scaled)
 
 
 class _LossOfRows(Function):
@@ -339,7 +337,7 @@ def policy_loss(
         rollout_correction: the policy term is multiplied by w = exp(old_logp − rollout_logp), detached; "truncate": min(w, rollout_cap);
             "mask": w within [rollout_floor, rollout_cap], else 0.
         rollout_level: w per "token", or per "sequence" (the product over its mask tokens).
-        backend: see `urlvr_fast.ops.backend`. Types with one term a sequence, and corrections by sequence, run in PyTorch on all of them.
+        backend: see `urlvr_fast.ops.backend`.
 
     Returns:
         (loss, metrics). The loss is 0-d, fp32 (fp64 for fp64 log-probs). Metrics are detached 0-d tensors on the device, each present

@@ -1,8 +1,7 @@
 """Every op in plain torch, readable as its definition, differentiated by autograd: the oracle that the fast paths are tested against.
 
-Nothing here is chunked, fused or clever. Works in float64 (16-bit and fp32 inputs are computed in fp32). Losses that join the rows of a
-sequence are computed here and nowhere else; for the others the kernels repeat the terms of `token_terms` (`loss_terms` in csrc/rows.h and
-kernels/policy_loss.py), tested against it.
+Nothing here is chunked, fused or clever. Works in float64 (16-bit and fp32 inputs are computed in fp32). The kernels repeat the terms of
+`token_terms` and `sequence_terms` (`loss_terms` in csrc/rows.h and kernels/policy_loss.py), tested against them.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class RolloutConfig:
         "Unset: 1e-3 in fp32, 5.0 in 16 bit.",
     )
     logp_gap_mean_limit: float | None = option(
-        None, "Stop when the sampled tokens' log-probs differ by more than this in the mean of a step. Unset: 0.1 in 16 bit, none in fp32."
+        None, "Stop when the sampled tokens' log-probs differ by more than this in the mean of a step. Unset: 0.2 in 16 bit, none in fp32."
     )
     stats: str = option(
         "sampling",

@@ -416,9 +416,10 @@ def check_gaps(run: Run, step: int, metrics: dict[str, float]) -> None:
     """
     exact, given = run.loaded.dtype == "float32", run.config.rollout
     # In 16 bit the engine rounds weights, hidden states and logits that the trainer does not: a rare token may be off by over a nat, and
-    # only the mean tells that from other weights: 0.006 in the quick start in bfloat16, and above 0.1 after 11 steps without a sync.
+    # only the mean tells that from other weights. In bfloat16 it is 0.006 in the quick start, 0.046 with a model that is nearly random;
+    # without a sync it rises from step to step, beyond 0.1 after 11 of the quick start.
     limit = given.logp_gap_limit if given.logp_gap_limit is not None else 1e-3 if exact else 5.0
-    mean_limit = given.logp_gap_mean_limit if given.logp_gap_mean_limit is not None else limit if exact else 0.1
+    mean_limit = given.logp_gap_mean_limit if given.logp_gap_mean_limit is not None else limit if exact else 0.2
     (mean, logp), stats = (metrics[name] for name in LOGP_GAPS), metrics.get("stats_gap_max", 0.0)
     # `not <=` is true for NaN as well.
     if not logp <= limit or not mean <= mean_limit:
