@@ -426,10 +426,13 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path: Path) -> None:
         label_free("restrain")
     with pytest.raises(RewardError, match="needs answers"):
         label_free("ground_truth")
-    for actions, message in (({"entropy_floor": "rollback"}, "cannot be done in TRL's loop"), ({"anchor_drift": "stop"}, "anchor_prompts")):
+    for actions, message in (
+        ({"entropy_floor": "rollback"}, "cannot be done in another trainer's loop"),
+        ({"anchor_drift": "stop"}, "anchor_prompts"),
+    ):
         with pytest.raises(AdapterError, match=message):
             Watch(actions, arithmetic.checker())
-    with pytest.raises(AdapterError, match="not measured in TRL's loop"):
+    with pytest.raises(AdapterError, match="not measured in another trainer's loop"):
         Watch({"kl_spike": "stop"}, arithmetic.checker())
     with pytest.raises(AdapterError, match="audit='answr' is no column of the training data, which has prompt, answer"):
         trainer_of(tmp_path, label_free("majority_voting"), audit="answr")

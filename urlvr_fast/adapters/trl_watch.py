@@ -1,4 +1,4 @@
-"""The detectors of `urlvr_fast.monitor` on a run of TRL's."""
+"""The detectors of `urlvr_fast.monitor` on a run of another trainer's."""
 
 from __future__ import annotations
 
@@ -49,9 +49,11 @@ class Watch:
     ) -> None:
         for name, action in actions.items():
             if action not in ACTIONS:
-                raise AdapterError(f"detector {name}: {action!r} cannot be done in TRL's loop; {', '.join(ACTIONS)} can")
+                raise AdapterError(f"detector {name}: {action!r} cannot be done in another trainer's loop; {', '.join(ACTIONS)} can")
         if actions.get(UNMEASURED, "off") != "off":
-            raise AdapterError(f"detector {UNMEASURED} looks at the distance from the start model, which is not measured in TRL's loop")
+            raise AdapterError(
+                f"detector {UNMEASURED} looks at the distance from the start model, which is not measured in another trainer's loop"
+            )
         if actions.get(STOP_RULE) == "stop" and not anchor_prompts:
             raise AdapterError(f"{STOP_RULE} looks at anchor_prompts, and there are none: give some prompts, which need no answers")
         self.ended: Detection | None = None
