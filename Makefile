@@ -5,13 +5,17 @@
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test bench gpu-check paper lint types clean
+.PHONY: help setup setup-verl train test bench gpu-check paper lint types clean
 
 help:
-	@echo "make setup | train | test | bench | gpu-check | paper | lint | types | clean      (ARGS=… is passed on)"
+	@echo "make setup | setup-verl | train | test | bench | gpu-check | paper | lint | types | clean      (ARGS=… is passed on)"
 
 setup:
 	@sh scripts/setup.sh
+
+# An environment of its own for the adapter for verl; the tests run its tests there once it is made.
+setup-verl: setup
+	@sh scripts/setup-verl.sh
 
 train: setup
 	@$(BIN)/urlvr train configs/quickstart.yaml $(ARGS)
@@ -43,4 +47,4 @@ types: setup
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p urlvr_fast
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-verl build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

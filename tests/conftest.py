@@ -40,7 +40,7 @@ class DrawnOnHost(TorchFunctionMode):
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "host: a promise for tensors on the host, where looking at a number makes nobody wait")
     config.addinivalue_line("markers", "real: needs a device, or none; the simulated one will not do")
-    config.addinivalue_line("markers", "own_process(environment, arguments): is a pytest of its own, which runs beside the other tests")
+    config.addinivalue_line("markers", "own_process(environment, arguments[, python]): is a pytest of its own, run beside the others")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,12 +59,12 @@ class OwnProcesses:
         self._threads = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1))
         self._running: set[subprocess.Popen[str]] = set()
 
-    def start(self, environment: dict[str, str], arguments: list[str]) -> Future[tuple[int, str]]:
+    def start(self, environment: dict[str, str], arguments: list[str], python: str = sys.executable) -> Future[tuple[int, str]]:
         """The exit status and what was said, when there is one."""
-        return self._threads.submit(self._run, environment, arguments)
+        return self._threads.submit(self._run, environment, arguments, python)
 
-    def _run(self, environment: dict[str, str], arguments: list[str]) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    def _run(self, environment: dict[str, str], arguments: list[str], python: str) -> tuple[int, str]:
+        command = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, cwd=Path(__file__).parent, env={**os.environ, **environment}, **output) as child:
             self._running.add(child)

@@ -271,7 +271,7 @@ class Calls:
     def options(self, n, columns, softcap, scale):
         """Everything that a row can have, and rows that do not start on a vector boundary."""
         torch = self.torch
-        from urlvr_fast import group_advantages, policy_loss_from_logits, token_stats
+        from urlvr_fast import group_advantages, policy_loss, policy_loss_from_logits, token_stats
 
         per_row = self.per_row(n)
         ids, advantages = per_row.pop("ids"), per_row.pop("advantages")
@@ -287,6 +287,10 @@ class Calls:
         policy_loss_from_logits(logits, ids, advantages=advantages, temperature=per_row["temperature"], **odd)[0].backward()
         half = self.rows(n, columns, torch.float16)
         (3 * policy_loss_from_logits(half, ids, advantages=advantages, keep=per_row["keep"], **alone)[0]).backward()
+        sequences = {"cu_seqlens": torch.tensor([0, n // 2, n], device=self.device), "rollout_correction": "truncate"}
+        old = torch.full((n,), -scale, device=self.device)
+        for joined in ({"loss_type": "gspo", "rollout_cap": 1 / scale}, {"rollout_level": "sequence", "eps_high": scale}):
+            policy_loss(-old.abs(), advantages=advantages, old_logp=old, rollout_logp=old, **joined, **sequences, backend="triton")
         rewards = torch.linspace(0, 1, n, dtype=torch.float64, device=self.device)
         masked = {"mask": per_row["mask"], "scale": "batch", "baseline": "leave_one_out", "backend": "triton"}
         for eps in (scale / 1e6, 0.0):  # as bits beyond int32, and within
