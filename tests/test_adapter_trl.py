@@ -25,7 +25,7 @@ from urlvr_fast import adapters, token_stats
 from urlvr_fast.adapters import AdapterError
 from urlvr_fast.adapters.trl import LabelFreeGRPOTrainer, LabelFreeReward
 from urlvr_fast.adapters.trl_head import FusedHead, taking, use_fused_ops
-from urlvr_fast.adapters.trl_watch import Watch
+from urlvr_fast.adapters.watch import Watch
 from urlvr_fast.rewards import RewardError
 from urlvr_fast.tasks import arithmetic
 from urlvr_fast.trainer.base_model import bundled_model_path

@@ -565,7 +565,7 @@ def test_a_reward_gets_statistics_from_the_engine(files: Path, queue: None, tmp_
 
 
 def test_a_detector_ends_the_run_before_the_batch_is_trained_on(files: Path, queue: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from urlvr_fast.adapters.trl_watch import Watch
+    from urlvr_fast.adapters.watch import Watch
 
     look = Watch.look
 

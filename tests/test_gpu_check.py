@@ -107,6 +107,21 @@ def test_only_a_stage_that_saw_a_wrong_result_is_called_wrong(tmp_path: Path) ->
     assert found["unchecked"] == ["build: did not run to its end", "trainer: did not run to its end"]
 
 
+def test_a_test_whose_process_ended_says_nothing_of_a_result(tmp_path: Path) -> None:
+    (stage,) = (stage for stage in check.STAGES if stage.name == "tests")
+    lines = [
+        {"test": "t.py::right", "outcome": "passed"},
+        {"test": "t.py::slow", "outcome": "failed", "said": "worker 'gw1' crashed while running 't.py::slow'"},
+    ]
+    for failed, verdict in ([], "unchecked"), ([{"test": "t.py::false", "outcome": "failed", "said": "assert 1 == 3"}], "wrong"):
+        (tmp_path / "tests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*lines, *failed)))
+        record = check.collect(stage, check.Check(tmp_path, False, []), {"status": 1, "killed": False})
+        assert record["result"]["failed"] == len(record["result"]["failures"]) == len(failed)
+        found = check.verdict({"stages": {"tests": record}}, [stage], tmp_path)
+        assert found["all"] == verdict
+        assert found["unchecked"] == ["tests: the process of 1 ended, or its time did, the first t.py::slow"]
+
+
 def test_failures_are_all_named_and_some_of_each_kind_in_full() -> None:
     said = "a traceback\nof many lines\nAssertionError: 1 above 0"
     failures = [{"test": f"t.py::f[{i}-{backend}]", "said": said} for backend in ("cuda", "triton") for i in range(5)]

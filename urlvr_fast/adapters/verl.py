@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from urlvr_fast.adapters import AdapterError, require
-from urlvr_fast.adapters.trl_watch import Watch
 from urlvr_fast.adapters.verl_head import VERL, use_fused_ops
+from urlvr_fast.adapters.watch import Watch
 from urlvr_fast.monitor.detectors import Detection
 from urlvr_fast.rewards import RewardError
 from urlvr_fast.rewards.answers import AnswerChecker, MathAnswers
