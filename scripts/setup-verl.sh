@@ -25,7 +25,8 @@ case $torch in
 esac
 pip_must "setuptools>=77,<81" wheel
 $VENV/bin/python -m pip install --disable-pip-version-check "torch==$torch" >>$LOG 2>&1 || pip_must $index "torch==$torch"
-URLVR_FAST_BUILD=0 pip_must --no-build-isolation -e '.[verl]' pytest pytest-timeout
+export URLVR_FAST_BUILD=0 # a variable before a shell function need not reach what it runs
+pip_must --no-build-isolation -e '.[verl]' pytest pytest-timeout
 $VENV/bin/python -c "import urlvr_fast.adapters.verl" >>$LOG 2>&1 || { tail -n 25 $LOG >&2; echo "setup-verl: verl does not import" >&2; exit 1; }
 echo "$want" >$STAMP
 echo "setup-verl: done"

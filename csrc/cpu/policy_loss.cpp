@@ -153,7 +153,10 @@ void join(MaybeTensor logp, Tensor cu_seqlens, MaybeTensor which, int64_t presen
     R* of_rows = static_cast<R*>(lines.data_ptr());
     const int64_t rows = lines.size(1), sequences = cu_seqlens.numel() - 1;
     const int64_t* cuts = static_cast<const int64_t*>(cu_seqlens.data_ptr());
-    for (int64_t s = 0; s < sequences; ++s) STD_TORCH_CHECK(0 <= cuts[s] && cuts[s] <= cuts[s + 1] && cuts[s + 1] <= rows, "urlvr_fast: cu_seqlens must rise from 0 to ", rows, ", the number of rows");
+    for (int64_t s = 0; s < sequences; ++s) {
+      const bool rises = 0 <= cuts[s] && cuts[s] <= cuts[s + 1] && cuts[s + 1] <= rows;
+      STD_TORCH_CHECK(rises, "urlvr_fast: cu_seqlens must rise from 0 to ", rows, ", the number of rows");
+    }
     const Loss<R> loss{of_rows, present, int(kind), NO_KL, int(correction), loss_numbers(numbers)};
     join_sequences<R>(rows, pointer<R>(logp), cuts, sequences, pointer<bool>(which), loss, product, of_rows);
   });
